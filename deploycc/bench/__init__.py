@@ -1,0 +1,1 @@
+"""Measuring: latency with intervals, accuracy of real artifacts, the environment they were measured in."""

@@ -1,0 +1,1 @@
+"""What the rest is written against: standard library, numpy and pydantic; no torch, no onnx."""

@@ -1,0 +1,417 @@
+"""What a plug-in must be: pass, backend, session, form, model source, data source, observer.
+
+The base class of a pass runs the contract (`requires → apply → ensures`); an author writes one method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+
+from deploycc.core.artifact import Artifact, Feeds, Form, ModelStats, Outputs, Receipt, Signature
+from deploycc.errors import DeployError, PassError, PostconditionError, PreconditionError
+from deploycc.runtime.transform import Transform
+
+if TYPE_CHECKING:
+    from deploycc.core.data import Data
+    from deploycc.core.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What a pass may do to the numbers: at most `tolerance` of max |difference| / max |output|; None = lossy, the gate decides."""
+
+    tolerance: float | None
+
+    def __str__(self) -> str:
+        if self.tolerance is None:
+            return "lossy"
+        return f"close ({self.tolerance:g})" if self.tolerance else "exact"
+
+
+EXACT = Effect(0.0)
+LOSSY = Effect(None)
+
+
+def CLOSE(tolerance: float) -> Effect:  # noqa: N802  (reads as the third of EXACT, CLOSE, LOSSY)
+    """Equal up to rounding: max |difference| / max |output| ≤ `tolerance`."""
+    return Effect(tolerance)
+
+
+class Progress(Protocol):
+    """Told how far a long step is; the command line draws it, a test ignores it."""
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        """`done` of `total` (None: unknown) steps of `what` are finished."""
+        ...
+
+
+def silent(what: str, done: int, total: int | None) -> None:
+    """A Progress that shows nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Everything a pass may look at besides the artifact.
+
+    Attributes:
+        target: what is built for.
+        reference: the float model as captured: teacher and yardstick.
+        data: calibration, training and validation samples.
+        seed: of every random choice.
+        workdir: scratch folder, gone after the run.
+        progress: call it in loops that may take over two seconds.
+    """
+
+    target: Target
+    reference: Artifact
+    data: Data
+    seed: int
+    workdir: Path
+    progress: Progress = silent
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One step of a pipeline. The fields of a subclass are its options; text form, help and errors derive from them.
+
+    A subclass is a frozen dataclass in `passes/`, named like its file, and writes `apply`. Options are kebab-case in
+    text (`reduce-range=true`). Raise ValueError in `__post_init__` for a value out of range.
+    """
+
+    name: ClassVar[str]
+    consumes: ClassVar[frozenset[Form]]
+    produces: ClassVar[Form | None] = None  # None: the form stays
+    effect: ClassVar[Effect]
+    reads: ClassVar[frozenset[str]] = frozenset()  # the roles of data it reads ("calibration"): part of the cache key
+
+    def requires(self, artifact: Artifact, context: Context) -> None:
+        """Raise PreconditionError unless the pass can take `artifact`; runs before anything slow."""
+
+    @abstractmethod
+    def apply(self, artifact: Artifact, context: Context) -> Artifact:
+        """Return the new artifact; never mutate `artifact.model`. Raise NothingToDo(reason) when there is nothing to change."""
+
+    def ensures(self, before: Artifact, after: Artifact, context: Context) -> None:
+        """Raise PostconditionError when the result is not what the pass promises."""
+
+    def alternatives(self) -> tuple[Pass, ...]:
+        """Stronger settings of this pass to try when the accuracy gate refuses its result, cheap to dear."""
+        return ()
+
+    def __call__(self, artifact: Artifact, context: Context) -> Artifact:
+        """Run the contract: form, `requires`, `apply`, result, `ensures`."""
+        if artifact.form not in self.consumes:
+            raise PreconditionError(
+                f"pass '{self.name}' takes {' or '.join(sorted(form.name for form in self.consumes))}, but gets {artifact.form.name}",
+                fix="put the pass that produces that form before it",
+            )
+        self._guarded("precondition", PreconditionError, lambda: self.requires(artifact, context))
+        after = self._guarded("pass", PassError, lambda: self.apply(artifact, context))
+        if not isinstance(after, Artifact):  # pyright: ignore[reportUnnecessaryIsInstance]  (a plug-in may return anything)
+            raise PostconditionError(
+                f"pass '{self.name}' returned {type(after).__name__}", fix="pass developer: return artifact.evolve(model, …)"
+            )
+        if after is artifact:
+            raise PostconditionError(
+                f"pass '{self.name}' returned the artifact it was given",
+                fix="pass developer: return artifact.evolve(model, …), or raise NothingToDo with the reason",
+            )
+        if after.form is not (self.produces or artifact.form):
+            raise PostconditionError(
+                f"pass '{self.name}' declares it produces {(self.produces or artifact.form).name}, but made {after.form.name}",
+                fix="pass developer: set `produces`, or pass form=… to artifact.evolve",
+            )
+        self._guarded("postcondition", PostconditionError, lambda: self.ensures(artifact, after, context))
+        return after
+
+    def _guarded(self, step: str, error: type[PassError], call: Callable[[], Any]) -> Any:
+        """`call()`; an error that is not ours becomes `error`, with its cause kept."""
+        try:
+            return call()
+        except DeployError:
+            raise
+        except MemoryError as cause:
+            raise error(f"pass '{self.name}' ran out of memory", fix="free memory, or give fewer or smaller calibration samples") from cause
+        except Exception as cause:
+            message = f"{type(cause).__name__}: {cause}".rstrip()
+            raise error(
+                f"the {step} of '{self.name}' failed: {message}",
+                fix='see the cause above; leave the pass out with --passes="-' + self.name + '"',
+            ) from cause
+
+
+class Session(Protocol):
+    """A loaded model: a context manager that runs and never times."""
+
+    signature: Signature
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """One call. Raises SignatureError when `feeds` do not fit."""
+        ...
+
+    def synchronize(self) -> None:
+        """Return when all work handed to the device is finished."""
+        ...
+
+    def __enter__(self) -> Session: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+@runtime_checkable
+class FormOps(Protocol):
+    """What can be done to any model of one form (`forms/`)."""
+
+    name: ClassVar[str]
+
+    def digest(self, model: Any) -> str:
+        """SHA-256 of structure and weights; the same for the same model in another process."""
+        ...
+
+    def stats(self, artifact: Artifact) -> ModelStats:
+        """Bytes, parameters, MACs."""
+        ...
+
+    def storable(self, model: Any) -> bool:
+        """Whether `save` can write it without pickle."""
+        ...
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write it into an existing, empty folder; the same bytes for the same model."""
+        ...
+
+    def load(self, folder: Path) -> Any:
+        """Read what `save` wrote."""
+        ...
+
+    def open(self, artifact: Artifact, *, threads: int) -> Session:
+        """Run it in this process with as little rewriting as the framework allows: the yardstick, not the shipped artifact."""
+        ...
+
+    def describe(self, model: Any) -> str:
+        """The whole structure as text, for dumps."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether a runtime is here: `version` when it is, else `missing` and the command that installs it."""
+
+    version: str | None
+    missing: str = ""
+    install: str = ""
+
+    def __bool__(self) -> bool:
+        return self.version is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One place where a model breaks a constraint: which operator, and what was seen there."""
+
+    where: str
+    seen: str
+
+
+# A constraint looks at an artifact that is about to be built for a target. Its docstring is the rule, the error and the manual.
+Constraint = Callable[[Artifact, "Target"], Sequence[Violation]]
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What precision the runtime really computes in, read from the runtime's own graph where it shows it.
+
+    Attributes:
+        int8_macs: share of the MACs in integer kernels, 0 to 1; None when MACs cannot be counted.
+        int8_operators: heavy operators (convolution, matrix product) in integer kernels.
+        float_operators: (operator, reason) for each heavy operator left in float.
+    """
+
+    int8_macs: float | None
+    int8_operators: int
+    float_operators: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a backend made: files on disk, and what a loader must know and check.
+
+    Attributes:
+        folder: where the files are.
+        files: names below `folder`; the first is the one the runtime opens.
+        runtime: {"session": module in deploycc.runtime.sessions, "package": what must be installed, "version": built and tested
+            with, "minimum": oldest that loads it, "engine": …}.
+        signature: what the artifact takes and gives.
+        coverage: precision that the runtime computes in.
+        notes: fall-backs and facts for the report.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    runtime: Mapping[str, str]
+    signature: Signature
+    coverage: Coverage
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One runtime (`backends/`)."""
+
+    name: ClassVar[str]
+    accepts: ClassVar[frozenset[Form]]
+
+    def available(self) -> Availability:
+        """Whether it runs here; never raises."""
+        ...
+
+    def constraints(self) -> Sequence[Constraint]:
+        """What a model must satisfy; functions whose docstring is the rule."""
+        ...
+
+    def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
+        """Write the files the runtime loads into `folder` (existing, empty)."""
+        ...
+
+    def open(self, built: Built, target: Target, *, threads: int) -> Session:
+        """Load them the way the device will."""
+        ...
+
+
+def enforce(constraints: Sequence[Constraint], artifact: Artifact, target: Target) -> None:
+    """Raise UnsupportedError with the rule and every place that breaks it, for the first broken constraint."""
+    from deploycc.errors import UnsupportedError
+
+    for constraint in constraints:
+        violations = list(constraint(artifact, target))
+        if not violations:
+            continue
+        rule, _, fix = (constraint.__doc__ or constraint.__name__).strip().partition("\n")
+        places = "\n".join(f"    {item.where}: {item.seen}" for item in violations[:8])
+        more = f"\n    … and {len(violations) - 8} more" if len(violations) > 8 else ""
+        raise UnsupportedError(
+            f"target '{target.name}': {rule}\n{places}{more}", fix=" ".join(fix.split()) or "change the model or the target"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """How the user named a model.
+
+    Attributes:
+        text: "torchvision:resnet18", "net.onnx", "net.py:make", …
+        weights: file of weights to load, or None.
+        random_weights: the user accepts random weights.
+        inputs: input name → shape given with --input (ints, or names for dynamic axes); empty: the source decides.
+        seed: for random weights.
+    """
+
+    text: str
+    weights: Path | None = None
+    random_weights: bool = False
+    inputs: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict[str, tuple[int | str, ...]])
+    seed: int = 0
+
+
+@runtime_checkable
+class ModelSource(Protocol):
+    """One kind of place that models come from (`sources/models/`)."""
+
+    name: ClassVar[str]
+    syntax: ClassVar[str]  # how the user writes it, for help and errors
+
+    def matches(self, text: str) -> bool:
+        """Whether `text` is of this kind; looks at the text only."""
+        ...
+
+    def load(self, request: ModelRequest) -> Artifact:
+        """Capture the model. Raises SourceError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One item of a data set.
+
+    Attributes:
+        value: an image (uint8 array H×W×3, RGB, or H×W×4 with alpha) for the transform, or arrays by input name without batch axis.
+        label: accepted class indices (a prediction is right when it is one of them), or an array for regression, or None.
+        id: what to call it in a message (a file's path, an index).
+    """
+
+    value: np.ndarray | Mapping[str, np.ndarray]
+    label: tuple[int, ...] | np.ndarray | None
+    id: str
+
+
+class Split(Protocol):
+    """A sequence of samples that is read as it is walked over; each walk gives the same samples in the same order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def label(self, index: int) -> tuple[int, ...] | np.ndarray | None:
+        """The label alone, without reading the item."""
+        ...
+
+    def digest(self, index: int) -> str:
+        """SHA-256 of an item's bytes and label."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """What a data source opened.
+
+    Attributes:
+        name: the text the user named it by.
+        splits: "all", or any of "train", "val", "calibration".
+        classes: class names in index order, where known.
+        transform: how samples become feeds, where the data set declares it; overrides the model's own.
+    """
+
+    name: str
+    splits: Mapping[str, Split]
+    classes: tuple[str, ...] | None = None
+    transform: Transform | None = None
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """One kind of place that data come from (`sources/datasets/`)."""
+
+    name: ClassVar[str]
+    syntax: ClassVar[str]
+
+    def matches(self, text: str) -> bool:
+        """Whether `text` is of this kind; may look at the file's type."""
+        ...
+
+    def open(self, text: str) -> Dataset:
+        """Open it without reading all of it. Raises DataError."""
+        ...
+
+
+class Observer(Protocol):
+    """Watches a pipeline: verification, dumps, timing, progress. No flags inside passes."""
+
+    def before(self, step: Pass, artifact: Artifact, context: Context) -> None:
+        """`step` is about to run."""
+        ...
+
+    def after(self, step: Pass, before: Artifact, after: Artifact, receipt: Receipt, context: Context) -> Receipt:
+        """`step` ran (or came from the store); return the receipt, completed with what was measured."""
+        ...
+
+
+def options_of(plugin: type[Pass]) -> tuple[dataclasses.Field[Any], ...]:
+    """The options of a pass class, in order."""
+    return dataclasses.fields(plugin)

@@ -1,0 +1,263 @@
+"""A pipeline: passes in order, type-checked by form before anything slow, run with observers and a store.
+
+`Pipeline.parse(text)` and `str(pipeline)` are inverses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deploycc import __version__
+from deploycc.core.artifact import Artifact, Form, QuantInfo, Receipt, Signature
+from deploycc.core.contract import Context, FormOps, Observer, Pass
+from deploycc.core.registry import FORMS, PASSES, suggest
+from deploycc.core.spec import Spec, format_spec, instantiate, parse_specs
+from deploycc.core.store import Store
+from deploycc.errors import DeployError, NothingToDo, PassError, UnknownName, UsageError
+from deploycc.runtime.transform import Transform
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A pass in a pipeline; `asked` when the user named it, so that doing nothing is an error and not a note."""
+
+    body: Pass
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Passes in order."""
+
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def parse(cls, text: str, *, asked: bool = False) -> Pipeline:
+        """Read `name{option=value}, …`. Raises SpecError and UnknownName."""
+        return cls(tuple(Step(_make(spec), asked) for spec in parse_specs(text)))
+
+    def __str__(self) -> str:
+        return ", ".join(format_spec(step.body) for step in self.steps)
+
+    def full(self) -> str:
+        """The text with every default written out."""
+        return ", ".join(format_spec(step.body, full=True) for step in self.steps)
+
+    def edit(self, text: str, form: Form) -> Pipeline:
+        """Replace by, or apply edits: `+pass{…}` inserts, `-pass` removes; anything else is a whole new pipeline.
+
+        An inserted pass goes as late as the forms allow; a pass that is not lossy goes before the first lossy one.
+        """
+        items = [(sign, spec) for sign, spec in _edits(text)]
+        if not items:
+            return Pipeline.parse(text, asked=True)
+        result = self
+        for sign, spec in items:
+            result = result._remove(spec) if sign == "-" else result._insert(Step(_make(spec), asked=True), form)
+        return result
+
+    def _remove(self, spec: Spec) -> Pipeline:
+        steps = tuple(step for step in self.steps if step.body.name != spec.name)
+        if len(steps) == len(self.steps):
+            known = [step.body.name for step in self.steps]
+            raise UsageError(f"-{spec.name}: the pipeline has no pass '{spec.name}'", fix=suggest(spec.name, known, listing="the pipeline"))
+        return Pipeline(steps)
+
+    def _insert(self, step: Step, form: Form) -> Pipeline:
+        lossy = [index for index, other in enumerate(self.steps) if other.body.effect.tolerance is None]
+        latest = lossy[0] if lossy and step.body.effect.tolerance is not None else len(self.steps)
+        for place in [*range(latest, -1, -1), *range(latest + 1, len(self.steps) + 1)]:
+            candidate = Pipeline((*self.steps[:place], step, *self.steps[place:]))
+            try:
+                candidate.check(form)
+            except PassError:
+                continue
+            return candidate
+        forms = " or ".join(sorted(item.name for item in step.body.consumes))
+        raise UsageError(
+            f"+{step.body.name}: it takes {forms}, which this pipeline never has", fix=f"write the whole pipeline; this one is: {self}"
+        )
+
+    def check(self, form: Form) -> Form:
+        """The form that comes out for `form` going in. Raises PassError naming both forms."""
+        for index, step in enumerate(self.steps, 1):
+            if form not in step.body.consumes:
+                wanted = " or ".join(sorted(item.name for item in step.body.consumes))
+                raise PassError(f"pass {index} '{step.body.name}' takes {wanted}, but gets {form.name}", fix=_bridge(step.body, form))
+            form = step.body.produces or form
+        return form
+
+    def trimmed(self, form: Form) -> Pipeline:
+        """Without the leading passes of the target's own that a model arriving as `form` is already past.
+
+        An ONNX file skips fold and export of modules. A pass the user asked for is never dropped.
+        """
+        steps = list(self.steps)
+        while True:
+            try:
+                Pipeline(tuple(steps)).check(form)
+            except PassError:
+                index = next(
+                    (i for i, step in enumerate(steps) if form not in step.body.consumes and not step.asked),
+                    None,
+                )
+                if index is None:
+                    return Pipeline(tuple(steps))
+                del steps[index]
+                continue
+            return Pipeline(tuple(steps))
+
+    def lossless(self) -> Pipeline:
+        """Without the lossy passes: what makes the float artifact that int8 has to beat."""
+        return Pipeline(tuple(step for step in self.steps if step.body.effect.tolerance is not None))
+
+    def run(
+        self,
+        artifact: Artifact,
+        context: Context,
+        observers: Sequence[Observer] = (),
+        store: Store | None = None,
+        stop_after: str | None = None,
+    ) -> Artifact:
+        """Send `artifact` through. An error of a pass gets the passes before it as a note."""
+        self.check(artifact.form)
+        done: list[str] = []
+        for step in self.steps:
+            try:
+                artifact = _run_step(step, artifact, context, observers, store)
+            except DeployError as error:
+                error.add_note(f"in pass '{format_spec(step.body)}'" + (f", after {', '.join(done)}" if done else ""))
+                raise
+            done.append(step.body.name)
+            if step.body.name == stop_after:
+                break
+        return artifact
+
+
+def _make(spec: Spec) -> Pass:
+    if spec.name not in PASSES.names():
+        raise UnknownName(f"there is no pass '{spec.name}'", fix=suggest(spec.name, PASSES.names(), listing="`deploycc passes`"))
+    return instantiate(PASSES.get_class(spec.name), spec)
+
+
+def _edits(text: str) -> list[tuple[str, Spec]]:
+    """(`+` or `-`, spec) for each item when every item has a sign; empty when none has."""
+    parts: list[tuple[str, str]] = []
+    depth = start = 0
+    for index, char in enumerate(text + ","):
+        depth += (char == "{") - (char == "}")
+        if char == "," and depth <= 0:
+            item = text[start:index].strip()
+            start = index + 1
+            if item:
+                parts.append((item[0], item))
+    signed = [item for sign, item in parts if sign in "+-"]
+    if not signed:
+        return []
+    if len(signed) != len(parts):
+        raise UsageError(f"--passes '{text}' mixes +pass or -pass with plain passes", fix="write edits only, or the whole pipeline only")
+    return [(item[0], parse_specs(item[1:])[0]) for item in signed]
+
+
+def _bridge(step: Pass, form: Form) -> str:
+    """Which pass would turn `form` into what `step` takes."""
+    for name in PASSES.names():
+        other = PASSES.get_class(name)
+        if form in other.consumes and other.produces in step.consumes:
+            return f"put '{name}' before it"
+    return f"leave '{step.name}' out, or start from a model that is {' or '.join(sorted(item.name for item in step.consumes))}"
+
+
+def _run_step(step: Step, artifact: Artifact, context: Context, observers: Sequence[Observer], store: Store | None) -> Artifact:
+    body = step.body
+    for observer in observers:
+        observer.before(body, artifact, context)
+    key = _key(body, artifact, context) if store else ""
+    started = time.perf_counter()
+    stored = _from_store(store, key, artifact) if store else None
+    notes: tuple[str, ...] = ()
+    changed = True
+    if stored is not None:
+        after, cached = stored, True
+    else:
+        cached = False
+        try:
+            after = body(artifact, context)
+        except NothingToDo as nothing:
+            if step.asked:
+                raise
+            after, changed, notes = artifact, False, (nothing.what,)
+    if changed:
+        notes, after = after.notes, replace(after, notes=())
+    form: FormOps = FORMS.get(after.form.value)
+    if store and changed and not cached and form.storable(after.model):
+        store.put(key, _facts(after, notes), lambda folder: form.save(after.model, folder))
+    if cached and stored is not None:
+        notes = stored.notes
+    receipt = Receipt(
+        spec=format_spec(body, full=True),
+        changed=changed,
+        form=after.form.value,
+        digest=after.digest(),
+        stats=form.stats(after),
+        notes=notes,
+        seconds=time.perf_counter() - started,
+        cached=cached,
+    )
+    for observer in observers:
+        receipt = observer.after(body, artifact, after, receipt, context)
+    return replace(after, history=(*artifact.history, receipt), notes=())
+
+
+def _key(body: Pass, artifact: Artifact, context: Context) -> str:
+    return Store.key(
+        {
+            "deploycc": __version__,
+            "input": artifact.digest(),
+            "pass": format_spec(body, full=True),
+            "target": context.target.digest_facts(),
+            "data": {role: context.data.digest(role) for role in sorted(body.reads)},
+            "seed": context.seed,
+            "versions": _versions(),
+        }
+    )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")}
+
+
+def _facts(after: Artifact, notes: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "form": after.form.value,
+        "signature": after.signature.to_json(),
+        "transform": after.transform.to_json() if after.transform else None,
+        "quant": asdict(after.quant) if after.quant else None,
+        "notices": list(after.notices),
+        "notes": list(notes),
+    }
+
+
+def _from_store(store: Store, key: str, before: Artifact) -> Artifact | None:
+    found = store.get(key)
+    if found is None:
+        return None
+    facts, folder = found
+    quant: dict[str, Any] | None = facts["quant"]
+    if quant:
+        quant = {**quant, "left_float": tuple((str(a), str(b)) for a, b in quant["left_float"])}
+    return before.evolve(
+        FORMS.get(facts["form"]).load(Path(folder)),
+        form=Form(facts["form"]),
+        signature=Signature.from_json(facts["signature"]),
+        transform=Transform.from_json(facts["transform"]) if facts["transform"] else None,
+        quant=QuantInfo(**quant) if quant else None,
+        notices=tuple(facts["notices"]),
+        notes=tuple(facts["notes"]),
+    )

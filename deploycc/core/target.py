@@ -1,0 +1,227 @@
+"""What is built for: hardware, runtime, quantization, limits. Data only, in `targets/*.toml`, with `inherit`.
+
+Unknown keys, wrong types and combinations that cannot be right on that hardware are refused on load.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deploycc.core.registry import BACKENDS, PASSES, suggest
+from deploycc.core.spec import parse_specs
+from deploycc.errors import DeployError, TargetError, UnknownName
+
+# x86 extensions whose u8×s8 dot product accumulates in int32. Without one, VPMADDUBSW adds pairs in int16 and saturates:
+# 2 · 255 · 127 = 64770 > 32767. Seven-bit weights are safe: 2 · 255 · 63 = 32130.
+WIDE_DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+ARCHES = ("x86_64", "aarch64", "any")
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Hardware(_Table):
+    """Facts about the device; `requires` is what the loader refuses to run without."""
+
+    cores: int | None = Field(None, ge=1, description="cores of the device")
+    requires: tuple[str, ...] = Field((), strict=False, description="CPU flags (as in /proc/cpuinfo) the loader refuses to run without")
+    lacks: tuple[str, ...] = Field((), strict=False, description="CPU flags a build must not assume")
+    memory_mb: int | None = Field(None, ge=1, description="memory of the device in MB")
+
+
+class Runtime(_Table):
+    """What the device's runtime can load."""
+
+    minimum: str | None = Field(None, description="oldest version of the runtime's package that may load the artifact")
+    opset: int = Field(20, ge=13, le=24, description="ONNX opset of the artifact")
+    ir_version: int = Field(10, ge=7, le=12, description="newest ONNX IR version the runtime reads")
+
+
+class Quant(_Table):
+    """What the runtime's kernels are good at on this hardware."""
+
+    activations: Literal["uint8", "int8", "int16", "none"] = "uint8"
+    activation_symmetric: bool = False
+    weights: Literal["int8", "uint8"] = "int8"
+    per_channel: bool = True
+    reduce_range: bool = False
+    channel_multiple: int = Field(1, ge=1, description="what channel pruning rounds to")
+    calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy"] = "minmax"
+
+
+class Limits(_Table):
+    """What the artifact must meet; None = no limit. Checked where they can be measured, reported as not measured elsewhere."""
+
+    accuracy_drop: float = Field(0.01, ge=0, le=1, description="largest drop of the metric against the float reference")
+    agreement: float = Field(0.95, ge=0, le=1, description="without labels: least share of equal arg-max")
+    sqnr_db: float = Field(15.0, description="without labels and classes: least SQNR against the float reference")
+    latency_p95_ms: float | None = Field(None, gt=0)
+    model_mb: float | None = Field(None, gt=0)
+    peak_mb: float | None = Field(None, gt=0)
+
+
+class Bench(_Table):
+    """How latency is measured."""
+
+    threads: int = Field(1, ge=1)
+    min_seconds: float = Field(2.0, gt=0)
+    min_runs: int = Field(30, ge=5)
+
+
+class Target(_Table):
+    """One target. Frozen; `digest_facts` is the part that decides a pass's result."""
+
+    name: str
+    title: str
+    backend: str
+    arch: Literal["x86_64", "aarch64", "any"]
+    pipeline: str
+    docs: str = ""
+    auto: int = Field(0, ge=0, description="preference of `--target auto` among the targets that fit the machine; 0 = never")
+    hardware: Hardware = Hardware()
+    runtime: Runtime = Runtime()
+    quant: Quant = Quant()
+    limits: Limits = Limits()
+    bench: Bench = Bench()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.backend not in BACKENDS.names():
+            raise ValueError(
+                f"backend: there is no backend '{self.backend}' ({suggest(self.backend, BACKENDS.names(), listing='`deploycc backends`')})"
+            )
+        for spec in parse_specs(self.pipeline):
+            if spec.name not in PASSES.names():
+                raise ValueError(
+                    f"pipeline: there is no pass '{spec.name}' ({suggest(spec.name, PASSES.names(), listing='`deploycc passes`')})"
+                )
+        hardware, quant = self.hardware, self.quant
+        if both := sorted(set(hardware.requires) & set(hardware.lacks)):
+            raise ValueError(f"hardware: {', '.join(both)} is both required and lacking")
+        narrow = self.arch != "aarch64" and not WIDE_DOT_PRODUCTS & set(hardware.requires)
+        if narrow and quant.activations == "uint8" and quant.weights == "int8" and not quant.reduce_range:
+            raise ValueError(
+                "quant: uint8 activations with full-range int8 weights saturate on x86 CPUs without VNNI; set reduce_range = true, or "
+                f"require one of {', '.join(sorted(WIDE_DOT_PRODUCTS))} in [hardware] requires"
+            )
+        if quant.activations in ("int8", "int16") and not quant.activation_symmetric and quant.activations == "int16":
+            raise ValueError("quant: int16 activations must be symmetric; set activation_symmetric = true")
+        if hardware.cores is not None and self.bench.threads > hardware.cores:
+            raise ValueError(f"bench: {self.bench.threads} threads on a device with {hardware.cores} cores")
+        return self
+
+    def digest_facts(self) -> dict[str, Any]:
+        """What may change the result of a pass (not titles, limits or bench settings)."""
+        return self.model_dump(mode="json", include={"backend", "arch", "hardware", "runtime", "quant"})
+
+
+def folders() -> tuple[Path, ...]:
+    """Where targets are: inside an installed wheel, or beside the package in a checkout."""
+    package = Path(__file__).parent.parent
+    return tuple(folder for folder in (package / "_targets", package.parent / "targets") if folder.is_dir())
+
+
+def names() -> tuple[str, ...]:
+    """Every target's name, sorted; reads no file."""
+    return tuple(sorted({path.stem for folder in folders() for path in folder.glob("*.toml")}))
+
+
+def load(name: str) -> Target:
+    """The target called `name`, or in the file `name` if it ends in .toml. Raises TargetError and UnknownName."""
+    path = _path(name)
+    table = _merged(path, ())
+    try:
+        return Target.model_validate({**table, "name": path.stem})
+    except ValidationError as error:
+        lines = "; ".join(_complaint(dict(item)) for item in error.errors())
+        raise TargetError(f"{path.name}: {lines}", fix=f"edit {path.name}; `deploycc targets NAME` shows a complete one") from None
+    except DeployError as error:
+        raise TargetError(f"{path.name}: pipeline: {error.what}", fix=error.fix) from None
+
+
+def _complaint(item: dict[str, Any]) -> str:
+    where = ".".join(map(str, item["loc"]))
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        table = Target
+        for part in item["loc"][:-1]:
+            table = table.model_fields[str(part)].annotation  # type: ignore[assignment]
+        known = sorted(getattr(table, "model_fields", {}))
+        return f"unknown key '{where}' ({suggest(str(item['loc'][-1]), known, listing='this table')})"
+    return f"{where}: {message} (got {item['input']!r})" if where else message
+
+
+def _path(name: str) -> Path:
+    if name.endswith(".toml"):
+        if not Path(name).is_file():
+            raise TargetError(
+                f"there is no target file '{name}'", fix="give the name of a target (`deploycc targets`) or the path of a .toml file"
+            )
+        return Path(name)
+    for folder in folders():
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    raise UnknownName(f"there is no target '{name}'", fix=suggest(name, (*names(), "auto"), listing="`deploycc targets`"))
+
+
+def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's table over its parents', tables merged key by key."""
+    if path in seen:
+        circle = " → ".join(item.stem for item in (*seen, path))
+        raise TargetError(f"{seen[0].name}: inherit goes in a circle: {circle}", fix="remove one `inherit` of the circle")
+    table = _read(path)
+    parent = table.pop("inherit", None)
+    if parent is None:
+        return table
+    if not isinstance(parent, str):
+        raise TargetError(f"{path.name}: inherit is {parent!r}", fix='write inherit = "NAME"')
+    beside = path.parent / f"{parent}.toml"
+    try:
+        base = _merged(beside if beside.is_file() else _path(parent), (*seen, path))
+    except UnknownName as error:
+        raise TargetError(f"{path.name}: inherit: {error.what}", fix=error.fix) from None
+    base.pop("auto", None)  # a child is a different device: being chosen automatically is not inherited
+    for key, value in table.items():
+        base[key] = {**base[key], **value} if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return base
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise TargetError(f"{path.name} is not valid TOML: {error}", fix="correct the line it names") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(f"cannot read {path.name}: {error}", fix="check the file's permissions and that it is UTF-8 text") from None
+
+
+@cache
+def machine() -> tuple[str, frozenset[str]]:
+    """(architecture, CPU flags) of this machine."""
+    from deploycc.runtime.machine import cpu_arch, cpu_flags
+
+    return cpu_arch(), cpu_flags()
+
+
+def misfit(target: Target) -> str | None:
+    """Why `target` cannot run on this machine, or None when it can."""
+    arch, flags = machine()
+    if target.arch not in ("any", arch):
+        return f"it is for {target.arch}, this machine is {arch}"
+    if missing := [flag for flag in target.hardware.requires if flag not in flags]:
+        return f"this CPU lacks {', '.join(missing)}"
+    return None
+
+
+def automatic() -> Target:
+    """The preferred target among those that fit this machine. Raises TargetError when none does."""
+    fitting = [target for target in map(load, names()) if target.auto and misfit(target) is None]
+    if not fitting:
+        raise TargetError(f"no target fits this machine ({machine()[0]})", fix="name one with --target; `deploycc targets` lists them")
+    return max(fitting, key=lambda target: target.auto)

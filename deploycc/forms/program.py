@@ -1,0 +1,58 @@
+"""A torch.export.ExportedProgram."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from deploycc.core.artifact import Artifact, ModelStats
+from deploycc.forms.module import ModuleForm, ModuleSession
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+FILE = "model.pt2"
+
+
+class ProgramForm:
+    """torch.export.ExportedProgram."""
+
+    name: ClassVar[str] = "program"
+
+    def digest(self, model: ExportedProgram) -> str:
+        """SHA-256 over the graph's text and the weights."""
+        digest = hashlib.sha256(str(model.graph).encode())
+        for key, value in {**model.state_dict, **model.constants}.items():
+            digest.update(key.encode())
+            if hasattr(value, "numpy"):
+                digest.update(value.detach().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def stats(self, artifact: Artifact) -> ModelStats:
+        """As for its module."""
+        return ModuleForm().stats(artifact.evolve(artifact.model.module()))
+
+    def storable(self, model: ExportedProgram) -> bool:
+        """Yes, as .pt2."""
+        return True
+
+    def save(self, model: ExportedProgram, folder: Path) -> None:
+        """Write model.pt2."""
+        import torch
+
+        torch.export.save(model, folder / FILE)
+
+    def load(self, folder: Path) -> ExportedProgram:
+        """Read model.pt2."""
+        import torch
+
+        return torch.export.load(folder / FILE)
+
+    def open(self, artifact: Artifact, *, threads: int) -> ModuleSession:
+        """Eager PyTorch on the captured graph."""
+        return ModuleSession(artifact.model.module(), artifact.signature, threads)
+
+    def describe(self, model: ExportedProgram) -> str:
+        """The captured graph."""
+        return str(model)

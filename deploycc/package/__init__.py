@@ -1,0 +1,1 @@
+"""The bundle: manifest, writing it whole, the report."""

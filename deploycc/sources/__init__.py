@@ -1,0 +1,1 @@
+"""Where models (`models/`) and data (`datasets/`) come from; one file = one kind."""
