@@ -28,8 +28,9 @@ def cosine(reference: np.ndarray, other: np.ndarray) -> float:
     """Mean cosine similarity over rows (the last axis)."""
     a = reference.reshape(-1, reference.shape[-1]).astype(np.float64)
     b = other.reshape(-1, other.shape[-1]).astype(np.float64)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return float(np.mean(np.sum(a * b, axis=1) / np.maximum(norms, 1e-30)))
+    norms: np.ndarray = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    rows: np.ndarray = np.sum(a * b, axis=1) / np.maximum(norms, 1e-30)
+    return rows.mean().item()
 
 
 def is_scores(output: np.ndarray) -> bool:
@@ -61,8 +62,8 @@ def drift(reference: Sequence[Mapping[str, np.ndarray]], other: Sequence[Mapping
     left = np.concatenate([pair[0].astype(np.float64) for pair in pairs])
     right = np.concatenate([pair[1].astype(np.float64) for pair in pairs])
     finite = bool(np.isfinite(right).all())
-    distance = float(np.max(np.abs(left - right))) if finite and left.size else (0.0 if finite else math.inf)
-    scale = float(np.max(np.abs(left))) if left.size else 0.0
+    distance: float = np.abs(left - right).max().item() if finite and left.size else (0.0 if finite else math.inf)
+    scale = np.abs(left).max().item() if left.size else 0.0
     return Drift(
         sqnr_db=sqnr_db(left, right),
         max_abs=distance,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -326,6 +326,7 @@ class ModelSource(Protocol):
 
     name: ClassVar[str]
     syntax: ClassVar[str]  # how the user writes it, for help and errors
+    gives: ClassVar[Form]  # the form of what it captures, so that a plan needs no capture
 
     def matches(self, text: str) -> bool:
         """Whether `text` is of this kind; looks at the text only."""

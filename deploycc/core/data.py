@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from deploycc.core.artifact import Artifact
+from deploycc.core.artifact import Artifact, Signature, TensorSpec
 from deploycc.core.contract import Dataset, Sample, Split
 from deploycc.errors import DataError, DataNeeded
 
@@ -160,8 +161,7 @@ def _share(part: Part, seed: int, calibration_samples: int, notes: list[str]) ->
 
 def batches(part: Part, artifact: Artifact) -> Iterator[Batch]:
     """Samples as feeds for `artifact`; a fixed batch size is filled by repeating the last sample."""
-    first = artifact.signature.inputs[0].shape
-    size = first[0] if first and isinstance(first[0], int) else 1
+    size = batch_size(artifact.signature)
     group: list[Sample] = []
     for sample in part:
         group.append(sample)
@@ -172,49 +172,139 @@ def batches(part: Part, artifact: Artifact) -> Iterator[Batch]:
         yield _collate(group, size, artifact)
 
 
+def batch_size(signature: Signature) -> int:
+    """Samples in one call: the first axis of the first input; 1 where that axis is named or there is none."""
+    first = signature.inputs[0].shape[:1]
+    return first[0] if first and isinstance(first[0], int) else 1
+
+
 def _collate(group: Sequence[Sample], size: int, artifact: Artifact) -> Batch:
     rows = [to_feeds(sample, artifact) for sample in group]
     rows += [rows[-1]] * (size - len(rows))
-    feeds = {name: rows[0][name][None] if size == 1 else np.stack([row[name] for row in rows]) for name in rows[0]}
+    feeds = {spec.name: _stacked([row[spec.name] for row in rows], spec) for spec in artifact.signature.inputs}
     return Batch(feeds, tuple(sample.label for sample in group), tuple(sample.id for sample in group))
+
+
+def _stacked(rows: Sequence[np.ndarray], spec: TensorSpec) -> np.ndarray:
+    """Rows along a new batch axis; an array that already is a whole call's input (a recurrent state, a rate) stays as it is."""
+    return np.stack(rows) if spec.accepts_sample(rows[0].shape) else rows[0]
 
 
 def to_feeds(sample: Sample, artifact: Artifact) -> dict[str, np.ndarray]:
     """One sample as arrays by input name, without batch axis. Raises DataError, naming the sample, when it cannot fit."""
-    value = sample.value
-    if isinstance(value, np.ndarray):
-        if artifact.transform is None:
-            raise DataError(
-                f"{sample.id} is an image, but nothing says how it becomes the model's input {artifact.signature.inputs[0]}",
-                fix="give data as .npz arrays, or a `transform` in the data folder's transform.json or beside the model factory",
-            )
-        if len(artifact.signature.inputs) != 1:
-            names = ", ".join(spec.name for spec in artifact.signature.inputs)
-            raise DataError(f"{sample.id} is an image, but the model has the inputs {names}", fix="give data as .npz arrays by input name")
-        return {artifact.signature.inputs[0].name: artifact.transform.apply(value)}
-    wanted = {spec.name: spec for spec in artifact.signature.inputs}
-    if len(value) == 1 and len(wanted) == 1:  # one array for one input: its name does not matter
-        value = {next(iter(wanted)): next(iter(value.values()))}
-    if missing := [name for name in wanted if name not in value]:
+    specs = artifact.signature.inputs
+    arrays = _image_arrays(sample.value, sample.id, artifact) if isinstance(sample.value, np.ndarray) else dict(sample.value)
+    if len(arrays) == 1 and len(specs) == 1:  # one array for one input: its name does not matter
+        arrays = {specs[0].name: next(iter(arrays.values()))}
+    names = [spec.name for spec in specs]
+    if sorted(arrays) != sorted(names):
         raise DataError(
-            f"{sample.id} has the arrays {', '.join(value)}, but the model's inputs are {', '.join(wanted)}: {', '.join(missing)} is missing",
-            fix="name the arrays like the inputs",
+            f"{sample.id} has the arrays {', '.join(arrays)}, but the model's inputs are {', '.join(names)}",
+            fix="name the arrays like the inputs, one each",
         )
-    for name, spec in wanted.items():
-        if not spec.accepts((1, *value[name].shape)) and not (
-            spec.shape and spec.accepts((int(spec.shape[0]) if isinstance(spec.shape[0], int) else 1, *value[name].shape))
-        ):
-            raise DataError(
-                f"{sample.id}: array '{name}' has shape {list(value[name].shape)} per sample, but the model's input is {spec}",
-                fix=f"reshape it, or capture the model with --input {name}:1x{'x'.join(map(str, value[name].shape))}",
-            )
-    return {name: _as_dtype(value[name], spec.dtype, sample.id, name) for name, spec in wanted.items()}
+    return {spec.name: _fitted(arrays[spec.name], spec, sample.id, batch_size(artifact.signature)) for spec in specs}
 
 
-def _as_dtype(array: np.ndarray, dtype: str, where: str, name: str) -> np.ndarray:
-    """Floats convert to the model's float, whole numbers to its integer; anything else is an error, not a guess."""
-    if str(array.dtype) == dtype:
+def _image_arrays(image: np.ndarray, where: str, artifact: Artifact) -> dict[str, np.ndarray]:
+    first = artifact.signature.inputs[0]
+    if len(artifact.signature.inputs) != 1:
+        names = ", ".join(spec.name for spec in artifact.signature.inputs)
+        raise DataError(f"{where} is an image, but the model has the inputs {names}", fix="give data as .npz arrays by input name")
+    if artifact.transform is not None:
+        return {first.name: artifact.transform.apply(image)}
+    if first.dtype == "uint8" and first.accepts_sample(image.shape):
+        return {first.name: image}
+    raise DataError(
+        f"{where} is an image, but nothing says how it becomes the model's input {first}",
+        fix="give data as .npz arrays, or declare a transform: transform.json in the data folder, or TRANSFORM beside the model's factory",
+    )
+
+
+def _fitted(array: np.ndarray, spec: TensorSpec, where: str, size: int) -> np.ndarray:
+    """The array in the input's dtype, or DataError: whole numbers are never taken for floats, nor the reverse."""
+    if not spec.accepts_sample(array.shape) and not (size == 1 and spec.accepts(array.shape)):
+        shape = "x".join(map(str, (size, *array.shape)))
+        raise DataError(
+            f"{where}: '{spec.name}' has shape {list(array.shape)} per sample, but the model's input is {spec}",
+            fix=f"resize or reshape it, or capture the model with --input {spec.name}:{shape}",
+        )
+    if str(array.dtype) == spec.dtype:
         return array
-    if np.can_cast(array.dtype, dtype, casting="same_kind"):
-        return array.astype(dtype)
-    raise DataError(f"{where}: array '{name}' is {array.dtype}, but the model's input is {dtype}", fix=f"store it as {dtype}")
+    if _kind(str(array.dtype)) != _kind(spec.dtype):
+        raise DataError(f"{where}: '{spec.name}' is {array.dtype}, but the model's input is {spec.dtype}", fix=f"store it as {spec.dtype}")
+    converted = array.astype(spec.dtype)
+    if _kind(spec.dtype) == "int" and not np.array_equal(converted, array):
+        raise DataError(
+            f"{where}: '{spec.name}' holds {array.max()}, which {spec.dtype}, the model's input, cannot hold",
+            fix="check the values, or export the model with a wider input",
+        )
+    return converted
+
+
+def _kind(dtype: str) -> str:
+    return next((kind for kind in ("float", "int") if kind in dtype), dtype)
+
+
+def check_labels(part: Part, classes: int) -> None:
+    """Raise DataError, naming the sample, for a class index that a model with `classes` classes does not have."""
+    for index in part.indices:
+        label = part.split.label(index)
+        wrong = [item for item in label if not 0 <= item < classes] if isinstance(label, tuple) else []
+        if wrong:
+            raise DataError(
+                f"{part.split[index].id} has label {wrong[0]}, but the model has {classes} classes (0 to {classes - 1})",
+                fix="correct the label, or number the classes as the model does",
+            )
+
+
+def match_classes(dataset: Dataset, classes: Sequence[str] | None) -> Dataset:
+    """The data set with its labels numbered like the model's `classes`, by name.
+
+    Folders named after some of 1000 classes are otherwise 0, 1, 2 …, and every accuracy is silently wrong. As many names as
+    the model has, but spelled differently, are taken to be in its order. Raises DataError when a name is not one of the model's.
+    """
+    own = dataset.classes
+    if classes is None or own is None or own == tuple(classes):
+        return dataset
+    known = Counter(map(_plain_name, classes))  # a name that stands for two classes (ImageNet's "crane") matches neither
+    index = {_plain_name(name): i for i, name in enumerate(classes) if known[_plain_name(name)] == 1}
+    unknown = [name for name in own if _plain_name(name) not in index]
+    if not unknown:
+        numbers = tuple(index[_plain_name(name)] for name in own)
+        splits = {key: _Renumbered(split, numbers) for key, split in dataset.splits.items()}
+        return replace(dataset, splits=splits, classes=tuple(classes))
+    if len(own) == len(classes):
+        return dataset
+    raise DataError(
+        f"{dataset.name} has {len(own)} classes, the model {len(classes)}; of the data's names the model does not know {_some(unknown)}",
+        fix=f"name the class folders like the model's classes ({_some(classes)}) or by their index, 0 to {len(classes) - 1}",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Renumbered:
+    """A split whose class `i` is the model's class `numbers[i]`."""
+
+    split: Split
+    numbers: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> Sample:
+        return replace(self.split[index], label=self.label(index))
+
+    def label(self, index: int) -> tuple[int, ...] | np.ndarray | None:
+        label = self.split.label(index)
+        return tuple(self.numbers[item] for item in label) if isinstance(label, tuple) else label
+
+    def digest(self, index: int) -> str:
+        return hashlib.sha256(f"{self.split.digest(index)}{self.label(index)}".encode()).hexdigest()
+
+
+def _plain_name(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -11,7 +11,7 @@ import importlib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from deploycc.core.contract import Backend, DataSource, FormOps, ModelSource, Pass
 from deploycc.errors import DeployError, UnknownName
@@ -48,7 +48,7 @@ class Registry(Generic[T]):
         module = importlib.import_module(path)
         for value in vars(module).values():
             if inspect.isclass(value) and value.__module__ == path and vars(value).get("name") == name:
-                return value
+                return cast("type[T]", value)
         raise DeployError(
             f"{path} holds no class with name = '{name}'", fix=f"plug-in developer: give the {self.kind} the name of its file, '{name}'"
         )

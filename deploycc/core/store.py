@@ -44,13 +44,13 @@ class Store:
     def get(self, key: str) -> tuple[dict[str, Any], Path] | None:
         """The facts and the folder of an entry, or None. A damaged entry counts as absent and is removed."""
         folder = self.root / key
+        if not folder.is_dir():
+            return None
         try:
             facts = json.loads((folder / ENTRY).read_text())
             for name, digest in facts["files"].items():
                 if file_digest(folder / name) != digest:
                     raise ValueError(name)
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError, KeyError, TypeError):
             shutil.rmtree(folder, ignore_errors=True)
             return None

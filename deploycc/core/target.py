@@ -29,18 +29,20 @@ class _Table(BaseModel):
 class Hardware(_Table):
     """Facts about the device; `requires` is what the loader refuses to run without."""
 
-    cores: int | None = Field(None, ge=1, description="cores of the device")
-    requires: tuple[str, ...] = Field((), strict=False, description="CPU flags (as in /proc/cpuinfo) the loader refuses to run without")
-    lacks: tuple[str, ...] = Field((), strict=False, description="CPU flags a build must not assume")
-    memory_mb: int | None = Field(None, ge=1, description="memory of the device in MB")
+    cores: int | None = Field(default=None, ge=1, description="cores of the device")
+    requires: tuple[str, ...] = Field(
+        default=(), strict=False, description="CPU flags the loader refuses to run without"
+    )
+    lacks: tuple[str, ...] = Field(default=(), strict=False, description="CPU flags a build must not assume")
+    memory_mb: int | None = Field(default=None, ge=1, description="memory of the device in MB")
 
 
 class Runtime(_Table):
     """What the device's runtime can load."""
 
-    minimum: str | None = Field(None, description="oldest version of the runtime's package that may load the artifact")
-    opset: int = Field(20, ge=13, le=24, description="ONNX opset of the artifact")
-    ir_version: int = Field(10, ge=7, le=12, description="newest ONNX IR version the runtime reads")
+    minimum: str | None = Field(default=None, description="oldest version of the runtime's package that may load the artifact")
+    opset: int = Field(default=20, ge=13, le=24, description="ONNX opset of the artifact")
+    ir_version: int = Field(default=10, ge=7, le=12, description="newest ONNX IR version the runtime reads")
 
 
 class Quant(_Table):
@@ -51,27 +53,27 @@ class Quant(_Table):
     weights: Literal["int8", "uint8"] = "int8"
     per_channel: bool = True
     reduce_range: bool = False
-    channel_multiple: int = Field(1, ge=1, description="what channel pruning rounds to")
+    channel_multiple: int = Field(default=1, ge=1, description="what channel pruning rounds to")
     calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy"] = "minmax"
 
 
 class Limits(_Table):
     """What the artifact must meet; None = no limit. Checked where they can be measured, reported as not measured elsewhere."""
 
-    accuracy_drop: float = Field(0.01, ge=0, le=1, description="largest drop of the metric against the float reference")
-    agreement: float = Field(0.95, ge=0, le=1, description="without labels: least share of equal arg-max")
-    sqnr_db: float = Field(15.0, description="without labels and classes: least SQNR against the float reference")
-    latency_p95_ms: float | None = Field(None, gt=0)
-    model_mb: float | None = Field(None, gt=0)
-    peak_mb: float | None = Field(None, gt=0)
+    accuracy_drop: float = Field(default=0.01, ge=0, le=1, description="largest drop of the metric against the float reference")
+    agreement: float = Field(default=0.95, ge=0, le=1, description="without labels: least share of equal arg-max")
+    sqnr_db: float = Field(default=15.0, description="without labels and classes: least SQNR against the float reference")
+    latency_p95_ms: float | None = Field(default=None, gt=0)
+    model_mb: float | None = Field(default=None, gt=0)
+    peak_mb: float | None = Field(default=None, gt=0)
 
 
 class Bench(_Table):
     """How latency is measured."""
 
-    threads: int = Field(1, ge=1)
-    min_seconds: float = Field(2.0, gt=0)
-    min_runs: int = Field(30, ge=5)
+    threads: int = Field(default=1, ge=1)
+    min_seconds: float = Field(default=2.0, gt=0)
+    min_runs: int = Field(default=30, ge=5)
 
 
 class Target(_Table):
@@ -83,7 +85,7 @@ class Target(_Table):
     arch: Literal["x86_64", "aarch64", "any"]
     pipeline: str
     docs: str = ""
-    auto: int = Field(0, ge=0, description="preference of `--target auto` among the targets that fit the machine; 0 = never")
+    auto: int = Field(default=0, ge=0, description="preference of `--target auto` among the targets that fit the machine; 0 = never")
     hardware: Hardware = Hardware()
     runtime: Runtime = Runtime()
     quant: Quant = Quant()
@@ -110,7 +112,7 @@ class Target(_Table):
                 "quant: uint8 activations with full-range int8 weights saturate on x86 CPUs without VNNI; set reduce_range = true, or "
                 f"require one of {', '.join(sorted(WIDE_DOT_PRODUCTS))} in [hardware] requires"
             )
-        if quant.activations in ("int8", "int16") and not quant.activation_symmetric and quant.activations == "int16":
+        if quant.activations == "int16" and not quant.activation_symmetric:
             raise ValueError("quant: int16 activations must be symmetric; set activation_symmetric = true")
         if hardware.cores is not None and self.bench.threads > hardware.cores:
             raise ValueError(f"bench: {self.bench.threads} threads on a device with {hardware.cores} cores")
@@ -149,10 +151,10 @@ def _complaint(item: dict[str, Any]) -> str:
     where = ".".join(map(str, item["loc"]))
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        table = Target
+        table: Any = Target
         for part in item["loc"][:-1]:
-            table = table.model_fields[str(part)].annotation  # type: ignore[assignment]
-        known = sorted(getattr(table, "model_fields", {}))
+            table = table.model_fields[str(part)].annotation
+        known = sorted(table.model_fields)
         return f"unknown key '{where}' ({suggest(str(item['loc'][-1]), known, listing='this table')})"
     return f"{where}: {message} (got {item['input']!r})" if where else message
 

@@ -1,0 +1,181 @@
+"""ONNX Runtime on CPUs: the artifact is an ONNX file that the runtime optimizes on load."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from deploycc.core.artifact import Artifact, Form, QuantInfo
+from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, Violation
+from deploycc.core.target import Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+SESSION = "onnxruntime"
+# Operators of the runtime's optimized graph that multiply integers.
+INTEGER = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeLSTM",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "QGemm",
+        "QLinearConv",
+        "QLinearMatMul",
+    }
+)
+
+
+class OnnxRuntime:
+    """ONNX Runtime, CPU execution provider."""
+
+    name: ClassVar[str] = "onnxruntime"
+    accepts: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
+
+    def available(self) -> Availability:
+        """Whether the package is installed."""
+        try:
+            return Availability(version("onnxruntime"))
+        except PackageNotFoundError:
+            return Availability(None, "the package onnxruntime is not installed", "pip install onnxruntime")
+
+    def constraints(self) -> Sequence[Constraint]:
+        """Versions, activation types, and operators with a kernel."""
+        return (integer_types, opset_known, kernels_exist)
+
+    def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
+        """Write model.onnx (and model.onnx.data over 2 GB) and read the precision from the runtime's own optimized graph."""
+        from deploycc.forms import onnx as form
+
+        model = form.clone(artifact.model)
+        model.ir_version = min(model.ir_version, target.runtime.ir_version)
+        form.write(model, folder)
+        files = tuple(sorted(path.name for path in folder.iterdir()))
+        return Built(
+            folder=folder,
+            files=files,
+            runtime={
+                "session": SESSION,
+                "package": "onnxruntime",
+                "version": version("onnxruntime"),
+                "minimum": target.runtime.minimum or version("onnxruntime"),
+            },
+            signature=artifact.signature,
+            coverage=coverage(model, artifact.quant, folder / files[0]),
+        )
+
+    def open(self, built: Built, target: Target, *, threads: int) -> Session:
+        """The device's own session."""
+        module = importlib.import_module(f"deploycc.runtime.sessions.{SESSION}")
+        return module.open(built.folder / built.files[0], built.signature, built.runtime, threads)
+
+
+def integer_types(artifact: Artifact, target: Target) -> list[Violation]:
+    """ONNX Runtime's CPU kernels multiply 8-bit integers only.
+
+    Set quant.activations to uint8 or int8 in the target.
+    """
+    if target.quant.activations == "int16":
+        return [Violation(f"target {target.name}", "quant.activations = int16")]
+    return []
+
+
+def opset_known(artifact: Artifact, target: Target) -> list[Violation]:
+    """The installed runtime must know the model's opset.
+
+    Export with an older opset (runtime.opset in the target), or install a newer onnxruntime.
+    """
+    from onnx.defs import onnx_opset_version
+
+    found = artifact.model.opset_imports.get("", 0)
+    newest = onnx_opset_version()
+    return [Violation("opset", f"{found}, newest known is {newest}")] if found > newest else []
+
+
+def kernels_exist(artifact: Artifact, target: Target) -> list[Violation]:
+    """Every operator must have a CPU kernel in ONNX Runtime.
+
+    Replace the operator it names, or export the model with another opset.
+    """
+    import onnxruntime as ort
+
+    from deploycc.forms.onnx import write
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(artifact.model, Path(folder))
+        try:
+            ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # noqa: BLE001  ONNX Runtime raises several unrelated classes; the message is the finding
+            return [Violation("ONNX Runtime", str(error).strip().splitlines()[0])]
+    return []
+
+
+def coverage(model: ir.Model, quant: QuantInfo | None, path: Path) -> Coverage:
+    """Share of MACs in integer kernels, from the graph the runtime made of the file at `path`."""
+    from deploycc.forms._macs import infer_shapes, is_heavy, node_macs
+
+    optimized = _optimized(path)
+    shapes = {value.name: value.shape for node in infer_shapes(model).graph for value in node.outputs if value.shape is not None}
+    shapes |= {value.name: value.shape for value in model.graph.inputs}
+    total = whole = integers = 0
+    known = True
+    left: list[tuple[str, str]] = []
+    reasons = dict(quant.left_float) if quant else {}
+    for node in optimized.graph:
+        if not is_heavy(node.op_type) and node.op_type not in INTEGER:
+            continue
+        _fill_shapes(node, shapes)
+        macs = node_macs(node)
+        known = known and macs is not None
+        total += macs or 0
+        if node.op_type in INTEGER:
+            whole += macs or 0
+            integers += 1
+        elif quant is not None:
+            label = f"{node.name} ({node.op_type})"
+            left.append((label, _reason(node, reasons)))
+    share = (whole / total if total else 0.0) if known else None
+    return Coverage(share, integers, tuple(left) if quant else (("every operator", "the artifact is float"),))
+
+
+def _reason(node: Any, reasons: Mapping[str, str]) -> str:
+    for label, reason in reasons.items():
+        if label.split(" (")[0] in (node.name or ""):
+            return reason
+    return "ONNX Runtime found no integer kernel for it"
+
+
+def _fill_shapes(node: Any, shapes: Mapping[str | None, Any]) -> None:
+    """Give a node of the optimized graph the shapes of the tensors it kept from the original."""
+    for value in (*node.inputs, *node.outputs):
+        if value is None or value.shape is not None:
+            continue
+        if value.const_value is not None:
+            value.shape = value.const_value.shape
+        elif value.name in shapes:
+            value.shape = shapes[value.name]
+
+
+def _optimized(path: Path) -> ir.Model:
+    """The runtime's graph after fusion, before its blocked memory layouts (their names hide the operators)."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 4
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ir.load(options.optimized_model_filepath)

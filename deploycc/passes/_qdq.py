@@ -1,0 +1,230 @@
+"""Writing Q/DQ into an ONNX graph for a placement and its ranges.
+
+activation   q = clip(round(x / s) + z),  s = (hi − lo) / (2^b − 1),  z = round(q_min − lo / s)
+weight       q = clip(round(w / s_c), −m, m),  s_c = max |w_c| / m  per output channel c;  m = 127, or 63 with reduce_range
+bias         q = round(b / (s_x · s_c)) in int32; s_c is raised where b would not fit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deploycc.core.target import Quant
+from deploycc.passes._placement import HEAVY, Placement, activations, is_constant
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+BIAS_LIMIT = 2.0**30  # half of int32's range: the accumulator adds the products on top
+CLIP_SHARES = np.linspace(1.0, 0.6, 41)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Scale and zero point of an activation."""
+
+    scale: np.float32
+    zero_point: np.ndarray  # scalar of the activation's dtype
+
+
+def activation_scale(low: float, high: float, quant: Quant) -> Scale:
+    """Parameters for the range [low, high], which holds 0."""
+    kind = np.dtype(quant.activations)
+    limits = np.iinfo(kind)
+    if quant.activation_symmetric:
+        middle = 128 if kind.kind == "u" else 0
+        scale = max(abs(low), abs(high)) / (limits.max - middle)
+        return Scale(np.float32(scale or 1.0), np.array(middle, kind))
+    scale = np.float32((high - low) / (limits.max - limits.min) or 1.0)
+    zero = np.clip(np.rint(limits.min - low / float(scale)), limits.min, limits.max)
+    return Scale(scale, np.array(zero, kind))
+
+
+def weight_scales(weight: np.ndarray, axis: int | None, most: int, *, clip: bool) -> np.ndarray:
+    """One scale per channel of `axis` (a single one for None): max |w| / most; with `clip` the share of it with least squared error."""
+    rows = weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+    peak = np.abs(rows).max(axis=1)
+    full = np.where(peak > 0, peak / most, 1.0)
+    if not clip:
+        return full.astype(np.float32)
+    best, least = full.copy(), np.full(len(rows), np.inf)
+    for share in CLIP_SHARES:
+        scale = (full * share)[:, None]
+        error = np.square(np.clip(np.rint(rows / scale), -most, most) * scale - rows).sum(axis=1)
+        better = error < least
+        best[better], least[better] = (full * share)[better], error[better]
+    return best.astype(np.float32)
+
+
+class Writer:
+    """Rewrites one graph in place (give it a clone)."""
+
+    def __init__(self, graph: ir.Graph, placement: Placement, scales: Mapping[str, Scale], quant: Quant, *, clip_weights: bool) -> None:
+        self.graph = graph
+        self.placement = placement
+        self.scales = scales
+        self.quant = quant
+        self.clip_weights = clip_weights
+        self.integer = frozenset(placement.nodes)
+        self._weights: dict[tuple[str, int], tuple[ir.Value, np.ndarray]] = {}
+
+    def write(self) -> None:
+        """Insert everything."""
+        nodes = [node for node in self.graph if node.name in self.integer]
+        for node in nodes:
+            if node.op_type in HEAVY:
+                self._parameters(node)
+            else:
+                self._constants(node)
+        for value in self._values():
+            self._activation(value)
+
+    def _values(self) -> list[ir.Value]:
+        """The quantized tensors in graph order."""
+        produced = [*self.graph.inputs, *(value for node in self.graph for value in node.outputs)]
+        return [value for value in produced if value.name in self.placement.leaders]
+
+    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
+        import onnx_ir as ir
+
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+        self.graph.register_initializer(value)
+        return value
+
+    def _activation(self, value: ir.Value) -> None:
+        """Insert Q and DQ after `value`; integer readers, and every reader of an integer operator's result, take the DQ."""
+        import onnx_ir as ir
+
+        name, leader = value.name or "", self.placement.leaders[value.name or ""]
+        found = self.scales[leader]
+        scale = self._initializer(f"{leader}_scale", np.asarray(found.scale))
+        zero = self._initializer(f"{leader}_zero_point", found.zero_point)
+        producer = value.producer()
+        made_by_integer = producer is not None and self._is_integer_result(producer)
+        readers = [(node, index) for node, index in value.uses() if made_by_integer or self._reads(node, value)]
+        quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}_QuantizeLinear")
+        quantize.outputs[0].name = f"{name}_quantized"
+        dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{name}_DequantizeLinear")
+        out = dequantize.outputs[0]
+        out.name, out.type, out.shape = f"{name}_dequantized", value.type, value.shape
+        if producer is None:
+            self.graph.insert_before(self.graph[0], [quantize, dequantize])
+        else:
+            self.graph.insert_after(producer, [quantize, dequantize])
+        for node, index in readers:
+            node.replace_input_with(index, out)
+        if made_by_integer and value.is_graph_output():
+            self._take_over_output(value, out)
+
+    def _take_over_output(self, value: ir.Value, out: ir.Value) -> None:
+        """The graph's output becomes the dequantized value, under its old name."""
+        name = value.name
+        value.name = f"{name}_unquantized"
+        out.name = name
+        for index, output in enumerate(self.graph.outputs):
+            if output is value:
+                self.graph.outputs[index] = out
+
+    def _is_integer_result(self, producer: ir.Node) -> bool:
+        """Whether a value comes from an integer operator, directly or through a folded activation."""
+        if producer.name in self.integer:
+            return True
+        source = producer.inputs[0].producer() if producer.op_type in ("Relu", "Clip") and producer.inputs[0] is not None else None
+        return source is not None and source.name in self.integer and (source.outputs[0].name not in self.placement.leaders)
+
+    def _reads(self, node: ir.Node, value: ir.Value) -> bool:
+        return node.name in self.integer and any(value is item for item in activations(node))
+
+    def _parameters(self, node: ir.Node) -> None:
+        """Weights to int8 and bias to int32, each behind a DQ."""
+        import onnx_ir as ir
+
+        weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+        source = node.inputs[0]
+        if weight is None or weight.const_value is None or source is None:
+            raise ValueError(f"{node.name} has no constant weight")  # the placement only takes those that have
+        axis = _channel_axis(node)
+        x_scale = float(self.scales[self.placement.leaders[source.name or ""]].scale)
+        bias_array = bias.const_value.numpy() if bias is not None and bias.const_value is not None else None
+        dequantized, scales = self._weight(weight, axis, bias_array, x_scale)
+        node.replace_input_with(1, dequantized)
+        if bias is None or bias_array is None:
+            return
+        bias_scale = (np.float32(x_scale) * scales).astype(np.float32)
+        array = np.clip(np.rint(bias_array / bias_scale.astype(np.float64)), -BIAS_LIMIT, BIAS_LIMIT).astype(np.int32)
+        stem = f"{node.name}_bias"
+        inputs = [self._initializer(f"{stem}_quantized", array), self._initializer(f"{stem}_scale", bias_scale)]
+        dq = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{stem}_DequantizeLinear")
+        dq.outputs[0].name = f"{stem}_dequantized"
+        self.graph.insert_before(node, dq)
+        node.replace_input_with(2, dq.outputs[0])
+
+    def _weight(self, weight: ir.Value, axis: int, bias: np.ndarray | None, x_scale: float) -> tuple[ir.Value, np.ndarray]:
+        import onnx_ir as ir
+
+        if (weight.name or "", axis) in self._weights and bias is None:
+            return self._weights[weight.name or "", axis]
+        if weight.const_value is None:
+            raise ValueError(f"{weight.name} is not constant")
+        array = weight.const_value.numpy()
+        most = 63 if self.quant.reduce_range else 127
+        channels = array.shape[axis]
+        scales = weight_scales(array, axis if self.quant.per_channel else None, most, clip=self.clip_weights)
+        if bias is not None:
+            least = np.abs(bias).reshape(-1) / (x_scale * BIAS_LIMIT)
+            scales = np.maximum(scales, least.max() if len(scales) == 1 else least).astype(np.float32)
+        shape = [-1 if index == axis else 1 for index in range(array.ndim)]
+        quantized = np.clip(np.rint(array / scales.reshape(shape if len(scales) == channels else [1] * array.ndim)), -most, most)
+        kind = np.dtype(self.quant.weights)
+        zero = 128 if kind.kind == "u" else 0
+        stem = f"{weight.name}_{len(self._weights)}" if (weight.name or "", axis) in self._weights else f"{weight.name}"
+        per_channel = len(scales) > 1
+        inputs = [
+            self._initializer(f"{stem}_quantized", (quantized + zero).astype(kind)),
+            self._initializer(f"{stem}_scale", scales if per_channel else scales[0].reshape(())),
+            self._initializer(f"{stem}_zero_point", np.full(len(scales) if per_channel else (), zero, kind)),
+        ]
+        dq = ir.node("DequantizeLinear", inputs, {"axis": axis} if per_channel else {}, name=f"{stem}_DequantizeLinear")
+        dq.outputs[0].name = f"{stem}_dequantized"
+        self.graph.insert_before(self.graph[0], dq)
+        self._weights[weight.name or "", axis] = (dq.outputs[0], np.broadcast_to(scales, (channels,)))
+        return self._weights[weight.name or "", axis]
+
+    def _constants(self, node: ir.Node) -> None:
+        """A constant operand of a light operator, as the activations' type, per tensor."""
+        import onnx_ir as ir
+
+        if node.op_type not in ("Add", "Mul", "Concat"):
+            return
+        for index, value in enumerate(node.inputs):
+            if value is None or value.const_value is None or not is_constant(value):
+                continue
+            array = value.const_value.numpy()
+            found = activation_scale(min(float(array.min()), 0.0), max(float(array.max()), 0.0), self.quant)
+            limits = np.iinfo(found.zero_point.dtype)
+            quantized = np.clip(np.rint(array / found.scale) + int(found.zero_point), limits.min, limits.max)
+            stem = f"{node.name}_{index}"
+            inputs = [
+                self._initializer(f"{stem}_quantized", quantized.astype(found.zero_point.dtype)),
+                self._initializer(f"{stem}_scale", np.asarray(found.scale)),
+                self._initializer(f"{stem}_zero_point", found.zero_point),
+            ]
+            dq = ir.node("DequantizeLinear", inputs, name=f"{stem}_DequantizeLinear")
+            dq.outputs[0].name = f"{stem}_dequantized"
+            self.graph.insert_before(node, dq)
+            node.replace_input_with(index, dq.outputs[0])
+
+
+def _channel_axis(node: ir.Node) -> int:
+    """The weight's output-channel axis."""
+    if node.op_type == "Conv":
+        return 0
+    turned = "transB" in node.attributes and node.attributes["transB"].as_int() != 0
+    return 0 if turned else 1
