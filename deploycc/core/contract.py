@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from deploycc.core.artifact import Artifact, Feeds, Form, ModelStats, Outputs, Receipt, Signature
+from deploycc.core.artifact import Artifact, Form, ModelStats, Receipt, Signature
 from deploycc.errors import DeployError, PassError, PostconditionError, PreconditionError
+from deploycc.runtime.sessions import Session
 from deploycc.runtime.transform import Transform
 
 if TYPE_CHECKING:
@@ -147,24 +148,6 @@ class Pass(ABC):
             ) from cause
 
 
-class Session(Protocol):
-    """A loaded model: a context manager that runs and never times."""
-
-    signature: Signature
-
-    def run(self, feeds: Feeds) -> Outputs:
-        """One call. Raises SignatureError when `feeds` do not fit."""
-        ...
-
-    def synchronize(self) -> None:
-        """Return when all work handed to the device is finished."""
-        ...
-
-    def __enter__(self) -> Session: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-
 @runtime_checkable
 class FormOps(Protocol):
     """What can be done to any model of one form (`forms/`)."""
@@ -193,6 +176,10 @@ class FormOps(Protocol):
 
     def open(self, artifact: Artifact, *, threads: int) -> Session:
         """Run it in this process with as little rewriting as the framework allows: the yardstick, not the shipped artifact."""
+        ...
+
+    def operators(self, model: Any) -> Sequence[str]:
+        """The kind of every operator (of every leaf, for a module), with repeats."""
         ...
 
     def describe(self, model: Any) -> str:

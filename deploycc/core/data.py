@@ -140,6 +140,9 @@ def _roles(dataset: Dataset | None, calibration: Dataset | None, seed: int, cali
         parts["calibration"], parts["validation"] = _share(parts["validation"], seed, calibration_samples, notes)
     if "calibration" in parts:
         parts["calibration"] = parts["calibration"].limited(calibration_samples, seed)
+        if "validation" not in parts:
+            parts["validation"] = parts["calibration"]
+            notes.append("the calibration samples judge the model too: give --data DATA with a val split for an honest accuracy")
     return parts
 
 
@@ -162,14 +165,30 @@ def _share(part: Part, seed: int, calibration_samples: int, notes: list[str]) ->
 def batches(part: Part, artifact: Artifact) -> Iterator[Batch]:
     """Samples as feeds for `artifact`; a fixed batch size is filled by repeating the last sample."""
     size = batch_size(artifact.signature)
+    return (_collate(group, size, artifact) for group in _groups(part, size))
+
+
+def paired_batches(part: Part, first: Artifact, second: Artifact) -> Iterator[tuple[Batch, Batch]]:
+    """The same samples as feeds for two artifacts; each sample is read once, and transformed once where both take the same."""
+    size, other = batch_size(first.signature), batch_size(second.signature)
+    if size != other:
+        raise DataError(f"one takes {size} samples a call, the other {other}", fix="export the model with its own batch size")
+    same = first.transform == second.transform and first.signature.inputs == second.signature.inputs
+    for group in _groups(part, size):
+        batch = _collate(group, size, first)
+        yield batch, batch if same else _collate(group, size, second)
+
+
+def _groups(part: Part, size: int) -> Iterator[list[Sample]]:
+    """`size` samples at a time; the last group may be smaller."""
     group: list[Sample] = []
     for sample in part:
         group.append(sample)
         if len(group) == size:
-            yield _collate(group, size, artifact)
+            yield group
             group = []
     if group:
-        yield _collate(group, size, artifact)
+        yield group
 
 
 def batch_size(signature: Signature) -> int:

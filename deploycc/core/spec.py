@@ -137,7 +137,7 @@ def convert(kind: Any, text: str) -> Any:
 def format_spec(value: Any, *, full: bool = False) -> str:
     """The text of a pass; `full` writes options at their defaults out too."""
     parts = [
-        f"{field.name.replace('_', '-')}={_text(getattr(value, field.name))}"
+        f"{field.name.replace('_', '-')}={format_value(getattr(value, field.name))}"
         for field in dataclasses.fields(value)
         if full or getattr(value, field.name) != _default(field)
     ]
@@ -150,7 +150,8 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default
 
 
-def _text(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """One option's value as it is written in a pipeline."""
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:

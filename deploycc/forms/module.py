@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 DYNAMIC_EXAMPLE = 2  # size given to a named axis when an example is needed: 0 and 1 are special-cased by exporters
+EXAMPLE_SIZES = (DYNAMIC_EXAMPLE, 8, 32, 64, 224)  # tried in turn for named axes other than the first: a picture of 2 × 2 is too small
 
 
 class ModuleForm:
@@ -27,7 +28,7 @@ class ModuleForm:
     def digest(self, model: torch.nn.Module) -> str:
         """SHA-256 over weights, module tree with its plain attributes, and the source files of its classes."""
         digest = hashlib.sha256()
-        for key, value in model.state_dict().items():
+        for key, value in _state(model).items():
             digest.update(key.encode())
             for part in _tensors(value):
                 digest.update(f"{part.dtype}{part.shape}".encode())
@@ -42,9 +43,7 @@ class ModuleForm:
     def stats(self, artifact: Artifact) -> ModelStats:
         """Bytes and count of the weights; MACs counted by running once (torch's own operator formulas, halved)."""
         weights = [part for value in artifact.model.state_dict().values() for part in _tensors(value)]
-        return ModelStats(
-            bytes=sum(part.nbytes for part in weights), parameters=sum(part.size for part in weights), macs=_macs(artifact)
-        )
+        return ModelStats(bytes=sum(part.nbytes for part in weights), parameters=sum(part.size for part in weights), macs=_macs(artifact))
 
     def storable(self, model: torch.nn.Module) -> bool:
         """Never: a module's structure only unpickles. Passes on modules are repeated when a compile resumes."""
@@ -61,6 +60,10 @@ class ModuleForm:
     def open(self, artifact: Artifact, *, threads: int) -> ModuleSession:
         """Eager PyTorch."""
         return ModuleSession(artifact.model, artifact.signature, threads)
+
+    def operators(self, model: torch.nn.Module) -> list[str]:
+        """Class names of the leaves."""
+        return [type(module).__name__ for module in model.modules() if not list(module.children())]
 
     def describe(self, model: torch.nn.Module) -> str:
         """The module tree, and the code of a traced one."""
@@ -83,8 +86,8 @@ class ModuleSession:
         self.signature.check(feeds)
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            result = self._module(*(torch.from_numpy(feeds[spec.name]) for spec in self.signature.inputs))
+        with torch.inference_mode():  # on copies: a module may work in place on its input
+            result = self._module(*(torch.from_numpy(feeds[spec.name].copy()) for spec in self.signature.inputs))
         return {name: value.numpy() for name, value in named_outputs(result)}
 
     def synchronize(self) -> None:
@@ -102,15 +105,21 @@ def named_outputs(result: Any) -> list[tuple[str, torch.Tensor]]:
     import torch
     from torch.utils import _pytree as pytree
 
-    if isinstance(result, torch.Tensor):
-        return [("output", result)]
     if isinstance(result, Mapping) and all(isinstance(value, torch.Tensor) for value in result.values()):
-        return [(str(key), value) for key, value in result.items()]
-    leaves = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
-    if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
-        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves})) or "nothing"
+        named = [(str(key), value) for key, value in result.items()]
+    else:
+        leaves = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
+        named = [(f"output_{index}" if len(leaves) > 1 else "output", leaf) for index, leaf in enumerate(leaves)]
+    if not named or not all(isinstance(leaf, torch.Tensor) for _, leaf in named):
+        kinds = ", ".join(sorted({type(leaf).__name__ for _, leaf in named})) or "nothing"
         raise SourceError(f"the model returns {kinds}, not tensors", fix="wrap it in a module whose forward returns tensors")
-    return [(f"output_{index}" if len(leaves) > 1 else "output", leaf) for index, leaf in enumerate(leaves)]
+    for name, leaf in named:
+        if leaf.dtype is torch.bfloat16 or leaf.is_quantized:
+            raise SourceError(
+                f"the model's output '{name}' is {str(leaf.dtype).removeprefix('torch.')}, which numpy cannot hold",
+                fix="convert the model with .float(), or return .float() or .dequantize() of that tensor",
+            )
+    return named
 
 
 def example_feeds(signature: Signature, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, np.ndarray]:
@@ -135,33 +144,67 @@ def example_tensors(signature: Signature, sizes: Mapping[str, int] | None = None
 def capture_signature(module: torch.nn.Module, inputs: tuple[TensorSpec, ...]) -> Signature:
     """Run `module` on random input of those specs and read its outputs.
 
-    A named input axis is found in the outputs by running two sizes. Raises SourceError, with the model's own error as its cause.
+    A named input axis is found in the outputs by running it at two sizes. Raises SourceError, with the model's own error as its cause.
     """
+    sizes = example_sizes(module, inputs)
+    base = _run(module, inputs, sizes)
+    shapes: dict[str, list[int | str]] = {name: list(value.shape) for name, value in base}
+    for axis_name, size in sizes.items():
+        for name, value in _run(module, inputs, {**sizes, axis_name: size + 1}):
+            if value.dim() != len(shapes[name]):
+                raise SourceError(
+                    f"output '{name}' has {len(shapes[name])} axes when {axis_name} is {size}, and {value.dim()} when it is {size + 1}",
+                    fix="give that axis a fixed size with --input NAME:SHAPE",
+                )
+            for axis, now in enumerate(value.shape):
+                if now == size + 1 and shapes[name][axis] == size:
+                    shapes[name][axis] = axis_name
+                elif isinstance(shapes[name][axis], int) and now != shapes[name][axis]:
+                    shapes[name][axis] = f"{name}_{axis}"
+    outputs = tuple(TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(shapes[name])) for name, value in base)
+    return Signature(inputs, outputs)
+
+
+def example_sizes(module: torch.nn.Module, inputs: tuple[TensorSpec, ...]) -> dict[str, int]:
+    """A size for every named axis with which `module` runs: 2 for a leading one, the smallest of EXAMPLE_SIZES for the others.
+
+    Raises SourceError when it runs with none of them.
+    """
+    leading = {spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], str)}
+    names = list(dict.fromkeys(dim for spec in inputs for dim in spec.shape if isinstance(dim, str)))
+    if not set(names) - leading:
+        return dict.fromkeys(names, DYNAMIC_EXAMPLE)
+    for size in EXAMPLE_SIZES:
+        sizes = {name: DYNAMIC_EXAMPLE if name in leading else size for name in names}
+        try:
+            _run(module, inputs, sizes)
+        except SourceError:
+            if size == EXAMPLE_SIZES[-1]:
+                raise
+            continue
+        break
+    return sizes  # pyright: ignore[reportPossiblyUnboundVariable]  (EXAMPLE_SIZES is not empty)
+
+
+def _run(module: torch.nn.Module, inputs: tuple[TensorSpec, ...], sizes: Mapping[str, int]) -> list[tuple[str, torch.Tensor]]:
     import torch
 
-    partial = Signature(inputs, ())
+    try:
+        with torch.inference_mode():
+            return named_outputs(module(*example_tensors(Signature(inputs, ()), sizes)))
+    except SourceError:
+        raise
+    except Exception as cause:
+        tried = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+        raise SourceError(
+            f"the model does not run on {', '.join(map(str, inputs))}{f' with {tried}' if tried else ''}: {type(cause).__name__}: {cause}",
+            fix="give the right shape with --input NAME:SHAPE",
+        ) from cause
 
-    def shapes(size: int) -> list[tuple[str, torch.Tensor]]:
-        names = {dim: size for spec in inputs for dim in spec.shape if isinstance(dim, str)}
-        try:
-            with torch.inference_mode():
-                return named_outputs(module(*example_tensors(partial, names)))
-        except SourceError:
-            raise
-        except Exception as cause:
-            listed = ", ".join(map(str, inputs))
-            raise SourceError(
-                f"the model does not run on {listed}: {type(cause).__name__}: {cause}", fix="give the right shape with --input NAME:SHAPE"
-            ) from cause
 
-    first = shapes(DYNAMIC_EXAMPLE)
-    dynamic = [dim for spec in inputs for dim in spec.shape if isinstance(dim, str)]
-    second = shapes(DYNAMIC_EXAMPLE + 1) if dynamic else first
-    outputs: list[TensorSpec] = []
-    for (name, small), (_, large) in zip(first, second, strict=True):
-        shape = tuple(a if a == b else (dynamic[0] if len(set(dynamic)) == 1 else f"{name}_{axis}") for axis, (a, b) in enumerate(zip(small.shape, large.shape, strict=True)))
-        outputs.append(TensorSpec(name, str(small.dtype).removeprefix("torch."), shape))
-    return Signature(inputs, tuple(outputs))
+def _state(model: torch.nn.Module) -> dict[str, Any]:
+    """The state dict, and the buffers that are left out of it (persistent=False)."""
+    return {**model.state_dict(), **dict(model.named_buffers())}
 
 
 def _tensors(value: Any) -> Iterator[np.ndarray]:
@@ -175,7 +218,11 @@ def _tensors(value: Any) -> Iterator[np.ndarray]:
             per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
             yield value.q_per_channel_scales().numpy() if per_channel else np.array(value.q_scale())
             return
-        yield value.view(torch.int16).numpy() if value.dtype is torch.bfloat16 else value.contiguous().numpy()
+        value = value.contiguous().cpu()
+        try:
+            yield value.numpy()
+        except TypeError:  # bfloat16 and the 8-bit floats: their bits
+            yield value.view({1: torch.uint8, 2: torch.int16}[value.itemsize]).numpy()
     elif isinstance(value, torch.ScriptObject) and hasattr(value, "__getstate__"):
         yield from _tensors(value.__getstate__())
     elif isinstance(value, tuple | list):
@@ -205,13 +252,16 @@ def _sources(model: torch.nn.Module) -> set[str]:
 
 
 def _macs(artifact: Artifact) -> int | None:
+    """For one call with every leading named axis at 1."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
+    leading = {str(spec.shape[0]): 1 for spec in artifact.signature.inputs if spec.shape}
     try:
+        sizes = {**example_sizes(artifact.model, artifact.signature.inputs), **leading}
         with torch.no_grad(), counter:
-            artifact.model(*example_tensors(artifact.signature))
+            artifact.model(*example_tensors(artifact.signature, sizes))
     except Exception:  # noqa: BLE001  a model that cannot run under the counter has no count; that is not an error
         return None
     return counter.get_total_flops() // 2 or None

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from deploycc.core.artifact import Artifact, Feeds, ModelStats, Outputs, Signature, TensorSpec
 from deploycc.errors import SourceError, UnsupportedError
 from deploycc.forms._macs import count_macs
@@ -72,6 +74,10 @@ class OnnxForm:
         """ONNX Runtime with basic optimization and Q/DQ left as written: every node computes what it says."""
         return OnnxSession(artifact.model, artifact.signature, threads)
 
+    def operators(self, model: ir.Model) -> list[str]:
+        """Operator types, with their domain where it is not ONNX's own, sub-graphs included."""
+        return [f"{node.domain}.{node.op_type}".lstrip(".") for graph in graphs(model) for node in graph]
+
     def describe(self, model: ir.Model) -> str:
         """The graph as text, without weights."""
         return str(model)
@@ -103,7 +109,8 @@ class OnnxSession:
     def run(self, feeds: Feeds) -> Outputs:
         """One call. Raises SignatureError."""
         self.signature.check(feeds)
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+        values = self._session.run(self._outputs, dict(feeds))
+        return {name: np.asarray(value) for name, value in zip(self._outputs, values, strict=True)}
 
     def synchronize(self) -> None:
         """Nothing is pending on a CPU."""
@@ -164,7 +171,8 @@ def _spec(value: ir.Value) -> TensorSpec:
 
     if not isinstance(value.type, ir.TensorType) or value.dtype is None:
         raise SourceError(
-            f"'{value.name}' is {value.type or 'of unknown type'}, not a tensor", fix="export the model so that inputs and outputs are tensors"
+            f"'{value.name}' is {value.type or 'of unknown type'}, not a tensor",
+            fix="export the model so that inputs and outputs are tensors",
         )
     if value.dtype is ir.DataType.STRING:
         raise SourceError(f"'{value.name}' holds text", fix="export the model from its first numeric tensor on")

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from deploycc.core.artifact import Artifact, ModelStats
+from deploycc.errors import SourceError
+from deploycc.forms._pt2 import check_archive
 from deploycc.forms.module import ModuleForm, ModuleSession
 
 if TYPE_CHECKING:
@@ -45,14 +47,30 @@ class ProgramForm:
 
     def load(self, folder: Path) -> ExportedProgram:
         """Read model.pt2."""
-        import torch
-
-        return torch.export.load(folder / FILE)
+        return read(folder / FILE)
 
     def open(self, artifact: Artifact, *, threads: int) -> ModuleSession:
         """Eager PyTorch on the captured graph."""
         return ModuleSession(artifact.model.module(), artifact.signature, threads)
 
+    def operators(self, model: ExportedProgram) -> list[str]:
+        """Names of the ATen operators."""
+        return [str(node.target) for node in model.graph.nodes if node.op == "call_function"]
+
     def describe(self, model: ExportedProgram) -> str:
         """The captured graph."""
         return str(model)
+
+
+def read(path: Path) -> ExportedProgram:
+    """A .pt2 file, refused when reading it could run code. Raises SourceError."""
+    import torch
+
+    check_archive(path)
+    try:
+        return torch.export.load(path)
+    except Exception as cause:
+        raise SourceError(
+            f"{path} does not load with PyTorch {torch.__version__}: {type(cause).__name__}: {cause}",
+            fix="export the model again with the PyTorch that is installed here",
+        ) from cause

@@ -10,7 +10,7 @@ ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 def cpu_arch() -> str:
-    """ "x86_64", "aarch64", or what the platform calls itself."""
+    """The instruction set: "x86_64", "aarch64", or what the platform calls itself."""
     machine = platform.machine().lower()
     return ALIASES.get(machine, machine)
 

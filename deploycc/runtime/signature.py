@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,10 @@ class TensorSpec:
         return len(shape) == len(self.shape) and all(
             isinstance(want, str) or want == got for want, got in zip(self.shape, shape, strict=True)
         )
+
+    def accepts_sample(self, shape: tuple[int, ...]) -> bool:
+        """Whether one sample of `shape`, without the batch axis (the first one), fits."""
+        return bool(self.shape) and replace(self, shape=self.shape[1:]).accepts(shape)
 
 
 @dataclass(frozen=True, slots=True)

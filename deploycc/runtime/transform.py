@@ -10,14 +10,15 @@ Needs numpy, and Pillow only to read or resize images.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from deploycc.errors import DataError
+from deploycc.errors import DataError, MissingDependency
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 COLORS = ("RGB", "BGR", "L")
@@ -58,6 +59,7 @@ class Transform:
     classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name, value, known in (
             ("interpolation", self.interpolation, INTERPOLATIONS),
             ("color", self.color, COLORS),
@@ -73,6 +75,22 @@ class Transform:
             )
         if not all(self.std):
             raise DataError(f"transform: std is {list(self.std)}", fix="std divides: use values other than 0")
+
+    def _check_kinds(self) -> None:
+        """Refuse values of the wrong kind: a transform.json is written by hand."""
+        number, pair, numbers, names = "a number", "[height, width] in pixels", "a list of numbers", "a list of names"
+        for name, value, fits, kind in (
+            ("resize", self.resize, self.resize is None or _is_pixels(self.resize) or _is_pair(self.resize), f"pixels, or {pair}"),
+            ("crop", self.crop, self.crop is None or _is_pair(self.crop), pair),
+            ("background", self.background, _is_number(self.background) and 0 <= self.background <= 255, "a grey level from 0 to 255"),
+            ("scale", self.scale, _is_number(self.scale), number),
+            ("mean", self.mean, _is_tuple(self.mean, _is_number), numbers),
+            ("std", self.std, _is_tuple(self.std, _is_number), numbers),
+            ("softmax", self.softmax, self.softmax in (True, False), "true or false"),
+            ("classes", self.classes, self.classes is None or _is_tuple(self.classes, _is_text), names),
+        ):
+            if not fits:
+                raise DataError(f"transform: {name} is {value!r}", fix=f"{name} is {kind}")
 
     @property
     def channels(self) -> int:
@@ -124,10 +142,10 @@ class Transform:
             target = (max(1, int(self.resize * height / width)), self.resize)
         if target == (height, width):
             return image
-        Image = _pillow()  # noqa: N806
-        method = getattr(Image.Resampling, self.interpolation.upper())
+        pil = _pillow()
+        method = getattr(pil.Resampling, self.interpolation.upper())
         squeezed = image[:, :, 0] if image.shape[2] == 1 else image
-        resized = np.asarray(Image.fromarray(np.ascontiguousarray(squeezed)).resize((target[1], target[0]), method))
+        resized = np.asarray(pil.fromarray(np.ascontiguousarray(squeezed)).resize((target[1], target[0]), method))
         return resized.reshape(*target, image.shape[2])
 
     def _cropped(self, image: np.ndarray) -> np.ndarray:
@@ -153,7 +171,7 @@ class Transform:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values with every default written out; inverse of `from_json`."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+        return {key: _listed(value) for key, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Transform:
@@ -161,17 +179,17 @@ class Transform:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(value) - known):
             raise DataError(f"transform: unknown key {', '.join(unknown)}", fix=f"the keys are {', '.join(sorted(known))}")
-        return cls(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+        return cls(**{key: _tupled(item) for key, item in value.items()})
 
 
 def read_image(path: Path) -> np.ndarray:
     """A picture as uint8 H×W×3 (RGB) or H×W×4 (with alpha). Raises DataError when it does not decode."""
-    Image = _pillow()  # noqa: N806
+    pil = _pillow()
     try:
-        with Image.open(path) as image:
+        with pil.open(path) as image:
             alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
             return np.asarray(image.convert("RGBA" if alpha else "RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
         raise DataError(f"{path} does not decode as an image: {error}", fix="remove the file or save it again as PNG or JPEG") from error
 
 
@@ -179,5 +197,33 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise DataError("reading and resizing images needs Pillow, which is not installed", fix="pip install pillow") from error
+        raise MissingDependency("reading and resizing images needs Pillow, which is not installed", fix="pip install pillow") from error
     return Image
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_pixels(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_tuple(value: object, item: Callable[[object], bool]) -> bool:
+    return isinstance(value, tuple) and all(map(item, cast("tuple[object, ...]", value)))
+
+
+def _is_pair(value: object) -> bool:
+    return _is_tuple(value, _is_pixels) and len(cast("tuple[object, ...]", value)) == 2
+
+
+def _listed(value: Any) -> Any:
+    return list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value

@@ -1,0 +1,130 @@
+"""Where a measurement was taken: what decides a latency, and is written beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
+
+# The extensions that decide which kernels a runtime picks.
+ISA = (
+    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "fphp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
+)
+LIBRARIES = ("numpy", "torch", "torchvision", "onnx", "onnx-ir", "onnxruntime", "openvino", "executorch", "tensorrt")
+GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+
+MACHINE = ("cpu_model", "arch", "isa", "cores", "cpu_limit", "governor", "virtual")  # unlike in one of these: not comparable
+
+
+class Environment(BaseModel):
+    """Facts about the machine and what runs on it.
+
+    Attributes:
+        cpu_model: the kernel's name of the CPU.
+        arch: "x86_64", "aarch64", …
+        isa: the extensions it has, of those that decide which kernels run.
+        cores: cores this process may use.
+        cpu_limit: CPUs that the cgroup grants, None without a limit.
+        governor: CPU frequency governor, None where the kernel does not show it (virtual machines).
+        virtual: a hypervisor runs below, so other guests may take time; None where the kernel shows no CPU flags.
+        system: kernel and release.
+        python: version.
+        libraries: versions of those installed that run models.
+        threads: threads the sessions were given.
+        load: mean number of running processes over the last minute, None where unknown.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cpu_model: str
+    arch: str
+    isa: tuple[str, ...]
+    cores: int
+    cpu_limit: float | None
+    governor: str | None
+    virtual: bool | None
+    system: str
+    python: str
+    libraries: dict[str, str]
+    threads: int
+    load: float | None
+
+    def warnings(self) -> tuple[str, ...]:
+        """What about this machine makes times unreliable."""
+        found: list[str] = []
+        if self.threads > self.cores:
+            found.append(f"{self.threads} threads were asked for, but this process has {self.cores} cores: they wait for each other")
+        if self.cpu_limit is not None and self.cpu_limit < self.threads:
+            found.append(f"the cgroup grants {self.cpu_limit:g} CPUs to {self.threads} threads: the kernel stops them from time to time")
+        if self.governor not in (None, "performance"):
+            found.append(f"the CPU governor is '{self.governor}': the clock changes with load")
+        if self.load is not None and self.load > self.cores - self.threads + 1:
+            found.append(f"the load was {self.load:.1f} on {self.cores} cores: other processes take time")
+        return tuple(found)
+
+
+def capture(threads: int) -> Environment:
+    """The environment of this process, for sessions with `threads` threads."""
+    flags = cpu_flags()
+    return Environment(
+        cpu_model=cpu_model(),
+        arch=cpu_arch(),
+        isa=tuple(flag for flag in ISA if flag in flags),
+        cores=available_cores(),
+        cpu_limit=_cpu_limit(CPU_MAX),
+        governor=_text(GOVERNOR),
+        virtual="hypervisor" in flags if flags else None,
+        system=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        libraries={name: version for name in LIBRARIES if (version := _version(name)) is not None},
+        threads=threads,
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    )
+
+
+def differences(a: Environment, b: Environment) -> tuple[str, ...]:
+    """Facts of the machine, and the threads, in which two environments differ: why their times cannot be compared."""
+    return tuple(
+        f"{name.replace('_', ' ')}: {getattr(a, name)} and {getattr(b, name)}"
+        for name in (*MACHINE, "threads")
+        if getattr(a, name) != getattr(b, name)
+    )
+
+
+def software_differences(a: Environment, b: Environment) -> tuple[str, ...]:
+    """Versions in which two environments differ: worth knowing, and often what is being compared."""
+    names = sorted({*a.libraries, *b.libraries})
+    pairs = [(name, a.libraries.get(name, "none"), b.libraries.get(name, "none")) for name in names]
+    pairs += [("python", a.python, b.python), ("system", a.system, b.system)]
+    return tuple(f"{name}: {left} and {right}" for name, left, right in pairs if left != right)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _cpu_limit(path: Path) -> float | None:
+    """CPUs granted by a cgroup v2 `cpu.max` ("QUOTA PERIOD" in µs, or "max PERIOD")."""
+    try:
+        quota, period = (_text(path) or "").split()
+        return int(quota) / int(period)
+    except ValueError:
+        return None

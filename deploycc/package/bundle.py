@@ -1,0 +1,206 @@
+"""Writes a bundle: everything into a folder beside the destination, then one rename. A bundle is never half there.
+
+Golden tolerance, per floating output, on the range r = max(outputs, 0) − min(outputs, 0) of the golden samples: a float model may be off
+by r · 10⁻⁴ (another CPU sums in another order; measured on EfficientNet-Lite0: 4·10⁻⁷), an int8 model by 8 steps of r / 255 (its
+roundings fall to the other side now and then; integer kernels against float emulation on Lite0: at most 4 steps). Whole-number
+outputs must be equal.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deploycc import __version__
+from deploycc.core.artifact import QuantInfo
+from deploycc.core.store import file_digest
+from deploycc.errors import StoreError
+from deploycc.package.manifest import Contents, FileEntry, Manifest, describe
+from deploycc.package.report import render
+from deploycc.runtime.bundle import MANIFEST, Golden, write_golden
+
+GOLDEN, TRANSFORM, RUNNER, REPORT = "golden.npz", "transform.json", "runner.pyz", "report.html"
+FLOAT_TOLERANCE = 1e-4
+INT8_STEPS = 8
+INT8_LEVELS = 255
+SMALLEST_TOLERANCE = 1e-6
+PACKAGE = Path(__file__).parent.parent
+MAIN = '"""Runs the bundle that this archive lies in."""\n\nimport sys\n\nfrom deploycc.runtime.__main__ import main\n\nsys.exit(main())\n'
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A written bundle, and its .zip when one was asked for."""
+
+    folder: Path
+    manifest: Manifest
+    archive: Path | None = None
+
+
+def check_destination(out: Path) -> None:
+    """Raise StoreError unless a bundle may be written to `out`: nothing there, an empty folder, or an older bundle."""
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise StoreError(f"cannot write {out}: {above} is a file", fix="give -o a folder that you may write to")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise StoreError(f"{out} is a file", fix="give -o the name of a new folder")
+    names = os.listdir(out)
+    if names and MANIFEST not in names:
+        raise StoreError(
+            f"{out} exists and is not a bundle: it holds {', '.join(sorted(names)[:3])}", fix="give -o a new folder, or empty that one"
+        )
+
+
+def write(out: Path, contents: Contents, *, zipped: bool = False) -> Bundle:
+    """Write the bundle `out` (and `out`.zip), in place of an older bundle of that name.
+
+    Raises:
+        StoreError: `out` is something else, cannot be written, or the disk is full; nothing is left behind and an older bundle stays.
+    """
+    out = out.resolve()  # a symbolic link stays one: what it points to is replaced
+    check_destination(out)
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
+        try:
+            manifest = _fill(work, contents)
+            work.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
+            _put(work, out)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    bundle = Bundle(out, manifest)
+    return Bundle(out, manifest, zip_bundle(bundle, out.with_name(f"{out.name}.zip"))) if zipped else bundle
+
+
+def zip_bundle(bundle: Bundle, path: Path) -> Path:
+    """Write the whole bundle as one .zip: the same bytes for the same files. Raises StoreError."""
+    files = sorted(item for item in bundle.folder.rglob("*") if item.is_file())
+    with _writing(path):
+        work = path.with_name(f".{path.name}.writing")
+        try:
+            with zipfile.ZipFile(work, "w", zipfile.ZIP_DEFLATED) as archive:
+                for file in files:
+                    _add_file(archive, f"{bundle.folder.name}/{file.relative_to(bundle.folder).as_posix()}", file)
+            work.replace(path)
+        finally:
+            work.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def _writing(path: Path) -> Generator[None]:
+    """Errors of the file system as StoreError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = "free some space, or give -o a folder on another disk" if full else "give -o a folder that you may write to"
+        raise StoreError(f"cannot write {path}: {error.strerror or error}", fix=fix) from error
+
+
+def _fill(work: Path, contents: Contents) -> Manifest:
+    """Write every file; the manifest, which holds the others' hashes, last."""
+    built = contents.built
+    roles: dict[str, str] = {}
+    for index, name in enumerate(built.files):
+        target = work / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(built.folder / name, target)
+        roles[name] = "model-data" if index else "model"
+    if contents.feeds:
+        atol = tolerances(contents.outputs, contents.artifact.quant)
+        write_golden(work / GOLDEN, Golden(tuple(contents.feeds), tuple(contents.outputs), atol))
+        roles[GOLDEN] = "golden"
+    if contents.artifact.transform:
+        text = json.dumps(contents.artifact.transform.to_json(), indent=1, ensure_ascii=False)
+        (work / TRANSFORM).write_text(text + "\n", encoding="utf-8")
+        roles[TRANSFORM] = "transform"
+    write_runner(work / RUNNER)
+    roles[RUNNER] = "runner"
+    manifest = describe(contents)
+    manifest = manifest.model_copy(update={"files": tuple(_entry(work, name, role) for name, role in roles.items())})
+    (work / REPORT).write_text(render(manifest), encoding="utf-8")
+    run = manifest.measured.model_copy(update={"files": (_entry(work, REPORT, "report"),)})
+    manifest = manifest.model_copy(update={"measured": run}).sealed()
+    (work / MANIFEST).write_text(manifest.text(), encoding="utf-8")
+    return manifest
+
+
+def _entry(folder: Path, name: str, role: str) -> FileEntry:
+    path = folder / name
+    return FileEntry(path=name, role=role, bytes=path.stat().st_size, sha256=file_digest(path))
+
+
+def _put(work: Path, out: Path) -> None:
+    """Give `work` the name `out`. An older bundle steps aside first and comes back if that fails."""
+    if not out.exists():
+        work.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    try:
+        out.rename(old)  # onto an empty folder: one step
+        try:
+            work.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def tolerances(outputs: Sequence[dict[str, np.ndarray]], quant: QuantInfo | None) -> dict[str, float]:
+    """How far another CPU's outputs may be from these, per output (see the module's text)."""
+    found: dict[str, float] = {}
+    for name in outputs[0]:
+        arrays = [row[name] for row in outputs]
+        if arrays[0].dtype.kind != "f":
+            found[name] = 0.0
+            continue
+        values = np.concatenate([array[np.isfinite(array)].astype(np.float64).ravel() for array in arrays])
+        spread = float(np.max(values, initial=0.0) - np.min(values, initial=0.0))
+        found[name] = max(SMALLEST_TOLERANCE, spread * (INT8_STEPS / INT8_LEVELS if quant else FLOAT_TOLERANCE))
+    return found
+
+
+def write_runner(path: Path) -> None:
+    """Write runner.pyz: errors, runtime/ and a __main__; the same bytes for the same code."""
+    files = [PACKAGE / "errors.py", *sorted((PACKAGE / "runtime").rglob("*.py"))]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(_member("__main__.py"), MAIN)
+        archive.writestr(
+            _member("deploycc/__init__.py"), f'"""The part of deploycc that runs a bundle."""\n\n__version__ = "{__version__}"\n'
+        )
+        for file in files:
+            _add_file(archive, f"deploycc/{file.relative_to(PACKAGE).as_posix()}", file)
+
+
+def _add_file(archive: zipfile.ZipFile, name: str, file: Path) -> None:
+    with file.open("rb") as source, archive.open(_member(name), "w", force_zip64=True) as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    """A member without the file's date and owner."""
+    member = zipfile.ZipInfo(name)  # without a date of its own it is always 1980-01-01
+    member.compress_type = zipfile.ZIP_DEFLATED
+    member.external_attr = 0o644 << 16
+    member.create_system = 3  # Unix, wherever it is written
+    return member

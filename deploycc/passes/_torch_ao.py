@@ -1,0 +1,172 @@
+"""torch.ao.quantization behind one door: the only module that imports it, since PyTorch is removing it.
+
+FX graph mode inserts observers (`prepare`), and replaces observed operators by those of torch.ao.nn.quantized (`convert`).
+Everything that decides numbers is ours: activation ranges come from `_ranges`, weight scales from the caller.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.ao.quantization import (
+    ObserverBase,
+    PerChannelMinMaxObserver,
+    PlaceholderObserver,
+    QConfig,
+    QConfigMapping,
+    default_weight_observer,
+)
+from torch.ao.quantization.observer import _PartialWrapper
+from torch.ao.quantization.qconfig_mapping import _FIXED_QPARAMS_OP_TO_OBSERVER
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+from deploycc.passes._ranges import Histogram, choose
+
+LEVELS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How activation ranges become scales: method and percentile of `_ranges`, zero point in the middle or free."""
+
+    method: str
+    percent: float
+    symmetric: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is fixed for one weighted module.
+
+    Attributes:
+        scales: of its weight: one, or one per output channel.
+        ceiling: what its output is clipped to.
+        dynamic: its input is quantized anew for every call, and its output is float.
+    """
+
+    scales: np.ndarray
+    ceiling: float | None = None
+    dynamic: bool = False
+
+
+class ActivationObserver(ObserverBase):
+    """Sees every value of one activation during calibration; constant memory.
+
+    With a `ceiling` c it passes min(x, c) on: ReLU and this clip are the ReLU6 (c = 6) of the float model, and a quantizer whose
+    range ends at c saturates there by itself.
+    """
+
+    def __init__(self, calibration: Calibration, ceiling: float | None = None) -> None:
+        super().__init__(dtype=torch.quint8, is_dynamic=False)
+        self.qscheme = torch.per_tensor_affine
+        self.calibration = calibration
+        self.ceiling = ceiling
+        self.tensor = ""  # what it observes, for messages
+        self.histogram = Histogram(keep_counts=calibration.method not in ("minmax", "moving-average"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Take `x` in. Raises ValueError naming the tensor when it holds NaN or Inf."""
+        if self.ceiling is not None:
+            x = x.clamp(max=self.ceiling)
+        if x.numel():
+            try:
+                self.histogram.add(x.detach().numpy())
+            except ValueError as error:
+                raise ValueError(self.tensor) from error
+        return x
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """Scale and zero point of quint8."""
+        low, high = 0.0, 0.0
+        if self.histogram.high >= self.histogram.low:
+            low, high = choose(self.calibration.method, self.histogram, levels=LEVELS, percent=self.calibration.percent)
+        if self.calibration.symmetric:
+            scale, zero = max(-low, high) / (LEVELS // 2 - 1), LEVELS // 2
+        else:
+            scale = (high - low) / (LEVELS - 1)
+            zero = round(-low / scale) if scale else 0
+        return torch.tensor([scale or 1.0], dtype=torch.float32), torch.tensor([zero])
+
+
+class FixedScales(ObserverBase):
+    """A weight observer that has nothing to observe: the scales were chosen before."""
+
+    def __init__(self, scales: tuple[float, ...]) -> None:
+        super().__init__(dtype=torch.qint8, is_dynamic=False)
+        self.scales = torch.tensor(scales, dtype=torch.float32)
+        self.qscheme = torch.per_channel_symmetric if len(scales) > 1 else torch.per_tensor_symmetric
+        self.ch_axis = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Nothing to see."""
+        return x
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """The scales; zero points 0."""
+        return self.scales, torch.zeros_like(self.scales, dtype=torch.int64)
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """Silence what torch.ao says of its own removal and of its own calls."""
+    with warnings.catch_warnings():
+        for message in (r".*torch\.ao\.quantization.*", r".*quantized tensor creation functions.*", r".*reduce_range will be deprecated.*"):
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def prepare(
+    graph: fx.GraphModule,
+    example: tuple[torch.Tensor, ...],
+    calibration: Calibration,
+    recipes: Mapping[str, Recipe],
+    in_float: Mapping[str, str],
+    weight_limit: int,
+) -> fx.GraphModule:
+    """Fuse and insert observers. `recipes` and `in_float` are by module name; `weight_limit` is for weights without a recipe."""
+    activation = ActivationObserver.with_args(calibration=calibration)
+    weight = PerChannelMinMaxObserver.with_args(
+        dtype=torch.qint8, qscheme=torch.per_channel_symmetric, quant_min=-weight_limit, quant_max=weight_limit
+    )
+    mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=weight))
+    for operator, observer in _FIXED_QPARAMS_OP_TO_OBSERVER.items():  # sigmoid, softmax, …: their output range is known
+        mapping.set_object_type(operator, QConfig(activation=observer, weight=default_weight_observer))
+    for name, recipe in recipes.items():
+        mapping.set_module_name(name, QConfig(activation=_activation(calibration, recipe), weight=_fixed(recipe.scales)))
+    for name in in_float:
+        mapping.set_module_name(name, None)
+    with quiet():
+        prepared = prepare_fx(graph, mapping, example)
+    for node in prepared.graph.nodes:
+        observer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(observer, ActivationObserver):
+            observer.tensor = str(node.args[0])
+    return prepared
+
+
+def _activation(calibration: Calibration, recipe: Recipe) -> _PartialWrapper:
+    if recipe.dynamic:
+        return PlaceholderObserver.with_args(dtype=torch.quint8, is_dynamic=True)
+    return ActivationObserver.with_args(calibration=calibration, ceiling=recipe.ceiling)
+
+
+def _fixed(scales: np.ndarray) -> _PartialWrapper:
+    return FixedScales.with_args(scales=tuple(float(scale) for scale in scales))
+
+
+def convert(prepared: fx.GraphModule) -> fx.GraphModule:
+    """Replace observed operators by integer ones (`prepared` is used up); packs weights for the current engine."""
+    with quiet():
+        return convert_fx(prepared)
+
+
+def weighted(prepared: fx.GraphModule, name: str) -> nn.Module:
+    """The layer called `name`, out of the module it was fused into."""
+    module = prepared.get_submodule(name)
+    return module[0] if isinstance(module, nn.Sequential) else module

@@ -1,0 +1,412 @@
+"""What a user sees of a result: rich tables for the terminal, plain values for --json. Prints nothing itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from deploycc import manual
+
+if TYPE_CHECKING:
+    from deploycc.bench.result import BenchResult, Comparison
+    from deploycc.core.artifact import Receipt
+    from deploycc.decision import Attempt
+    from deploycc.driver import Compiled
+    from deploycc.package.manifest import LimitCheck
+    from deploycc.planning import Plan
+    from deploycc.showcase import Shown
+
+DASH = "–"
+
+
+def _table(*columns: str, title: str | None = None, left: int = 1) -> Table:
+    """The first `left` columns are text, the others numbers."""
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=index > 0)
+    return table
+
+
+def size(count: int | float) -> str:
+    """Bytes as MB (10^6) or kB."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def decibel(value: float | None) -> str:
+    """SQNR with its unit; "equal" for no noise at all."""
+    if value is None:
+        return DASH
+    return "equal" if value == math.inf else f"{value:.1f} dB"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share."""
+    return DASH if value is None else f"{100 * value:.{digits}f} %"
+
+
+def count(value: int | None) -> str:
+    """A large number, shortly."""
+    if value is None:
+        return DASH
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.2f} {unit}"
+    return str(value)
+
+
+def milliseconds(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def interval(found: Sequence[float] | None) -> str:
+    """p50 [low, high] in ms."""
+    return DASH if found is None else f"{milliseconds(found[0])} [{milliseconds(found[1])}, {milliseconds(found[2])}]"
+
+
+def compiled(result: Compiled) -> Iterator[Any]:
+    """A compile, from pass to bundle."""
+    for notice in result.reference.notices:
+        yield Text(f"! {notice}", style="bold red")
+    yield passes_table(_best(result).artifact.history)
+    yield ""
+    yield candidates_table(result)
+    yield ""
+    yield from _remarks(result)
+
+
+def _best(result: Compiled) -> Attempt:
+    """The compiled attempt, shipped or not; the float one when there is no other."""
+    from deploycc.decision import best
+
+    return best(result.outcome.attempts) if result.outcome.attempts else result.outcome.parent
+
+
+def shown(found: Shown) -> Iterator[Any]:
+    """The demo's one table, and what it cannot say."""
+    table = _table("target", "ships", "bytes", "p50 ms [95 %]", "p99 ms", "speed-up", "top-1", "agreement", "SQNR", "int8 MACs", left=2)
+    table.title = f"EfficientNet-Lite0, {found.photos.labelled} labelled photos, {found.bench.environment.cpu_model}, 1 thread"
+    for row in shown_rows(found):
+        ratio = row["speedup"]
+        table.add_row(
+            f"{row['name']} ← best" if row["best"] else row["name"],
+            row["ships"],
+            size(row["bytes"]) if row["bytes"] is not None else DASH,
+            interval(row["p50_ms"]),
+            milliseconds(row["p99_ms"]),
+            f"{ratio[0]:.2f}× [{ratio[1]:.2f}, {ratio[2]:.2f}]" if ratio else DASH,
+            percent(row["top1"]),
+            percent(row["agreement"]),
+            decibel(row["sqnr_db"]),
+            percent(row["int8_macs"]),
+            style="bold green" if row["best"] else None,
+        )
+    yield table
+    yield ""
+    for result in found.compiled:
+        if result.outcome.decision.shipped == "float":
+            yield f"{result.plan.target.name} ships float: {result.outcome.decision.reason}"
+    yield from (f"{name} was refused: {reason}" for name, reason in found.refused)
+    yield from (f"note: {note}" for note in (*found.photos.notes, *found.bench.warnings()))
+    yield f"best bundle: {found.bundle} ({found.best}); the whole demo took {found.seconds:.0f} s"
+    yield f"next: deploycc run {found.bundle} PHOTO.jpg, or python {found.bundle}/runner.pyz selftest"
+
+
+def shown_rows(found: Shown) -> list[dict[str, Any]]:
+    """The demo's table as plain values; speed-up is over eager PyTorch."""
+    from deploycc.decision import EAGER
+
+    reference = found.compiled[0].outcome.parent.accuracy
+    rows = [_shown_row(found, EAGER, None, reference.reference if reference else None)]
+    return rows + [_shown_row(found, result.plan.target.name, result, None) for result in found.compiled]
+
+
+def _shown_row(found: Shown, name: str, result: Compiled | None, top1: float | None) -> dict[str, Any]:
+    timed = found.bench.get(name)
+    attempt = result.shipped if result else None
+    accuracy = attempt.accuracy if attempt else None
+    ratio = found.bench.ratio(name) if result else None
+    return {
+        "name": name,
+        "best": name == found.best,
+        "ships": ("int8" if attempt.artifact.quant else "float") if attempt else DASH,
+        "bytes": attempt.bytes if attempt else None,
+        "p50_ms": (timed.p50_ms, *timed.interval()),
+        "p99_ms": timed.p99_ms,
+        "speedup": (ratio.value, ratio.low, ratio.high) if ratio else None,
+        "top1": accuracy.candidate if accuracy else top1,
+        "agreement": accuracy.agreement if accuracy else None,
+        "sqnr_db": accuracy.sqnr_db if accuracy else None,
+        "int8_macs": attempt.built.coverage.int8_macs if attempt else None,
+    }
+
+
+def shown_json(found: Shown) -> dict[str, Any]:
+    """The demo as one document."""
+    return finite(
+        {
+            "rows": shown_rows(found),
+            "best": found.best,
+            "bundle": str(found.bundle),
+            "refused": dict(found.refused),
+            "photos": {"labelled": found.photos.labelled, "sources": list(found.photos.sources), "notes": list(found.photos.notes)},
+            "warnings": list(found.bench.warnings()),
+            "seconds": found.seconds,
+        }
+    )
+
+
+def passes_table(history: Sequence[Receipt]) -> Table:
+    """One row per pass."""
+    table = _table("pass", "bytes", "MACs", "ms p50 [95 %]", "SQNR to float", "seconds", left=1)
+    for receipt in history:
+        name = receipt.spec.partition("{")[0] + ("" if receipt.changed else " (nothing to do)")
+        drift = receipt.to_reference
+        seconds = "stored" if receipt.cached else f"{receipt.seconds:.1f}"
+        table.add_row(
+            name,
+            size(receipt.stats.bytes),
+            count(receipt.stats.macs),
+            interval(receipt.latency_ms),
+            decibel(drift.sqnr_db if drift else None),
+            seconds,
+        )
+    return table
+
+
+def candidates_table(result: Compiled) -> Table:
+    """Eager, float and compiled side by side, the shipped one marked."""
+    table = _table("artifact", "bytes", "p50 ms [95 %]", "p99 ms", "speed-up", "metric", "agreement", "SQNR", "int8 MACs", left=1)
+    for row in candidate_rows(result):
+        style = "bold green" if row["shipped"] else None
+        marked = f"{row['name']} ← shipped" if row["shipped"] else str(row["name"])
+        ratio = row["speedup"]
+        table.add_row(
+            marked,
+            size(row["bytes"]) if row["bytes"] is not None else DASH,
+            interval(row["p50_ms"]),
+            milliseconds(row["p99_ms"]) if row["p99_ms"] is not None else DASH,
+            f"{ratio[0]:.2f}× [{ratio[1]:.2f}, {ratio[2]:.2f}]" if ratio else DASH,
+            f"{row['metric']} {row['value']:.4g}" if row["value"] is not None else DASH,
+            percent(row["agreement"]),
+            decibel(row["sqnr_db"]),
+            percent(row["int8_macs"]),
+            style=style,
+        )
+    return table
+
+
+def candidate_rows(result: Compiled) -> list[dict[str, Any]]:
+    """The same as plain values; speed-up is over eager PyTorch where there is one, else over the float artifact."""
+    from deploycc.decision import COMPILED, EAGER, FLOAT
+
+    rows: list[dict[str, Any]] = []
+    measured = {item.name for item in result.outcome.bench.measurements} if result.outcome.bench else set()
+    base = EAGER if EAGER in measured else FLOAT
+    if EAGER in measured:
+        accuracy = result.outcome.parent.accuracy
+        value = accuracy.reference if accuracy else None
+        rows.append({"name": EAGER, "attempt": None, "value": value, "metric": accuracy.metric if accuracy else None})
+    rows.append({"name": FLOAT, "attempt": result.outcome.parent})
+    if result.outcome.attempts:
+        rows.append({"name": COMPILED, "attempt": _best(result)})
+    return [_candidate_row(result, row, measured, base) for row in rows]
+
+
+def _candidate_row(result: Compiled, row: Mapping[str, Any], measured: set[str], base: str) -> dict[str, Any]:
+    attempt: Attempt | None = row["attempt"]
+    accuracy = attempt.accuracy if attempt else None
+    name = row["name"]
+    bench = result.outcome.bench
+    timed = bench.get(name) if bench and name in measured else None
+    ratio = bench.ratio(name, baseline=base) if bench and name in measured and name != base else None
+    return {
+        "name": name,
+        "shipped": name == result.outcome.decision.shipped,
+        "bytes": attempt.bytes if attempt else None,
+        "p50_ms": (timed.p50_ms, *timed.interval()) if timed else None,
+        "p99_ms": timed.p99_ms if timed else None,
+        "speedup": (ratio.value, ratio.low, ratio.high) if ratio else None,
+        "metric": accuracy.metric if accuracy else row.get("metric"),
+        "value": accuracy.candidate if accuracy else row.get("value"),
+        "agreement": accuracy.agreement if accuracy else None,
+        "sqnr_db": accuracy.sqnr_db if accuracy else None,
+        "int8_macs": attempt.built.coverage.int8_macs if attempt else None,
+    }
+
+
+def _remarks(result: Compiled) -> Iterator[Text | str]:
+    """Everything a table cannot say."""
+    detail = f": {result.outcome.detail}" if result.outcome.detail else ""
+    yield Text(f"shipped: {result.outcome.decision.shipped}: {result.outcome.decision.reason}{detail}", style="bold")
+    for attempt in result.outcome.attempts:
+        if attempt.verdict and not attempt.verdict.passed:
+            yield f"refused: {attempt.pipeline}: {attempt.verdict.reason}"
+    yield from limit_lines(result.limits)
+    shipped = result.shipped
+    if shipped.artifact.quant:
+        for operator, reason in shipped.built.coverage.float_operators:
+            yield f"left in float: {operator}: {reason}"
+    for receipt in shipped.artifact.history:
+        for note in receipt.notes:
+            yield f"note: {receipt.spec.partition('{')[0]}: {note}"
+    for note in (*result.plan.data.notes, *shipped.built.notes):
+        yield f"note: {note}"
+    if result.plan.misfit:
+        yield f"note: latency is not measured: {result.plan.misfit}"
+    for warning in result.outcome.bench.warnings() if result.outcome.bench else ():
+        yield f"note: {warning}"
+    yield f"bundle: {result.bundle.folder}  ({result.seconds:.0f} s)"
+
+
+def limit_lines(limits: Sequence[LimitCheck]) -> Iterator[str]:
+    """One line per limit."""
+    for check in limits:
+        state = {True: "met", False: "NOT MET", None: "not measured"}[check.met]
+        value = f"{check.value:.4g} " if check.value is not None else ""
+        yield f"limit: {check.name} ≤ {check.limit:g}: {value}{state}"
+
+
+def finite(value: Any) -> Any:
+    """Infinities as text, tuples as lists: what JSON can hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def compiled_json(result: Compiled) -> dict[str, Any]:
+    """A compile as one document."""
+    return finite(
+        {
+            "bundle": str(result.bundle.folder),
+            "target": result.plan.target.name,
+            "pipeline": str(result.plan.pipeline),
+            "decision": {**result.outcome.decision.model_dump(), "detail": result.outcome.detail},
+            "candidates": candidate_rows(result),
+            "attempts": [
+                {
+                    "pipeline": attempt.pipeline.full(),
+                    "passed": attempt.passed,
+                    "verdict": attempt.verdict.model_dump() if attempt.verdict else None,
+                    "accuracy": attempt.accuracy.model_dump() if attempt.accuracy else None,
+                    "coverage": asdict(attempt.built.coverage),
+                    "receipts": [asdict(receipt) for receipt in attempt.artifact.history],
+                }
+                for attempt in (result.outcome.parent, *result.outcome.attempts)
+            ],
+            "limits": [check.model_dump() for check in result.limits],
+            "notices": list(result.reference.notices),
+            "notes": list(result.plan.data.notes),
+            "warnings": list(result.outcome.bench.warnings()) if result.outcome.bench else [],
+            "not_measured": result.plan.misfit,
+            "seconds": result.seconds,
+            "exit_status": result.exit_status,
+        }
+    )
+
+
+def plan_json(plan: Plan, model: str) -> dict[str, Any]:
+    """A plan as one document."""
+    return {
+        "model": model,
+        "source": plan.source.name,
+        "form": plan.form.name,
+        "target": plan.target.model_dump(mode="json"),
+        "backend": plan.backend.name,
+        "available": plan.backend.available().version,
+        "pipeline": plan.pipeline.full(),
+        "left_out": list(plan.dropped),
+        "native": plan.native,
+        "misfit": plan.misfit,
+        "data": {role: len(plan.data.part(role)) for role in ("calibration", "validation", "training") if plan.data.has(role)},
+        "notes": list(plan.data.notes),
+    }
+
+
+def bench_table(result: BenchResult) -> Table:
+    """One row per candidate; the first is the baseline."""
+    threads = result.settings.threads
+    table = _table("candidate", "p50 ms [95 %]", "p90", "p99", "runs", "cold ms", "memory", f"speed-up over {result.baseline}", left=1)
+    table.title = f"{result.environment.cpu_model}, {threads} thread{'s' if threads > 1 else ''}"
+    for item in result.measurements:
+        ratio = str(result.ratio(item.name)) if item.name != result.baseline else "baseline"
+        memory = f"+{item.rss_growth_mb:.0f} MB" if item.rss_growth_mb is not None else DASH
+        figures = (milliseconds(item.p90_ms), milliseconds(item.p99_ms), str(item.summary.runs), milliseconds(item.cold_ms))
+        table.add_row(item.name, interval((item.p50_ms, *item.interval())), *figures, memory, ratio)
+    return table
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Speed-up of the second result over the first."""
+    table = _table("candidate", "speed-up of the second", left=1)
+    for name, ratio in found.ratios.items():
+        table.add_row(name, str(ratio))
+    return table
+
+
+def prediction(found: Mapping[str, Any]) -> Any:
+    """Best classes, or the raw outputs."""
+    if "predictions" not in found:
+        return json.dumps(found["outputs"])
+    table = _table("class", "index", "score", left=1)
+    for item in found["predictions"]:
+        table.add_row(item.get("name", DASH), str(item["index"]), f"{item['score']:.4f}")
+    return table
+
+
+def inspection(found: Mapping[str, Any]) -> str:
+    """What `inspect` found, as text."""
+    lines = [f"{found['name']} ({found['kind']})"]
+    lines += [f"! {notice}" for notice in found["notices"]]
+    for side in ("inputs", "outputs"):
+        lines += [f"  {side[:-1]:7} {item['name']}: {item['dtype']}{item['shape']}" for item in found["signature"][side]]
+    if found["kind"] == "bundle":
+        runtime = found["runtime"]
+        versions = f"{runtime.get('version', '')} (at least {runtime.get('minimum', '?')})"
+        lines.append(f"  target  {found['target']}, {runtime['package']} {versions}")
+        lines += [f"  file    {item['path']}  {size(item['bytes'])}" for item in found["files"]]
+    else:
+        lines.append(f"  weights {size(found['bytes'])}, {count(found['parameters'])} parameters, {count(found['macs'])} MACs")
+        lines.append("  operators " + ", ".join(f"{name} {number}" for name, number in found["operators"].items()))
+    coverage = found["coverage"]
+    if coverage:
+        lines.append(f"  int8    {percent(coverage['int8_macs'])} of the MACs, {coverage['int8_operators']} operators")
+        lines += [f"  float   {operator}: {reason}" for operator, reason in coverage["float_operators"]]
+    return "\n".join(lines)
+
+
+def _state(item: Mapping[str, Any]) -> str:
+    return f"ok, {item['version']}" if item["version"] else f"missing: {item['missing']}; {item['install']}"
+
+
+def diagnosis(found: Mapping[str, Any]) -> str:
+    """What works here, what does not, why, and what to install."""
+    lines = [
+        f"deploycc {found['deploycc']}, Python {found['python']}",
+        f"{found['cpu']} ({found['arch']}), {found['cores']} cores, {' '.join(found['flags']) or 'no special instructions'}",
+        "",
+    ]
+    rows = [("BACKEND", "STATE")]
+    rows += [
+        (item["name"], f"ok, {item['version']}" if item["version"] else f"missing: {item['missing']}; {item['install']}")
+        for item in found["backends"]
+    ]
+    lines += [manual.table(rows), ""]
+    targets = [("TARGET", "BUILDS", "RUNS HERE", "WHY NOT")]
+    targets += [
+        (item["name"], "yes" if item["builds"] else "no", "yes" if item["runs"] else "no", item["why"]) for item in found["targets"]
+    ]
+    lines += [manual.table(targets), ""]
+    optional = [("OPTIONAL", "STATE")]
+    optional += [(item["what"], "ok" if item["here"] else f"missing: {item['install']}") for item in found["optional"]]
+    return "\n".join([*lines, manual.table(optional)])

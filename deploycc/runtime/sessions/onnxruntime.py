@@ -1,0 +1,111 @@
+"""ONNX Runtime on the CPU, the way a device runs a bundle: all graph optimizations, one stream, explicit threads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deploycc.errors import BundleError, MismatchError
+from deploycc.runtime.signature import Feeds, Outputs, Signature
+
+# What ONNX Runtime says to a model that is newer than itself: (what is too new, pattern of model's and runtime's value).
+TOO_NEW = (
+    ("ONNX IR version", re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")),
+    ("ONNX opset", re.compile(r"Opset (\d+) is under development.*?is till opset (\d+)", re.DOTALL)),
+)
+
+
+def version() -> str | None:
+    """Version of the installed onnxruntime, or None; imports nothing."""
+    for package in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def open(model: Path, signature: Signature, runtime: Mapping[str, str], threads: int) -> OrtSession:
+    """Load an .onnx file; weights stored beside it are found.
+
+    Raises:
+        MismatchError: ONNX Runtime is not installed, or is too old for the file; names both versions.
+        BundleError: ONNX Runtime cannot load the file, or the file's inputs and outputs are not those of `signature`.
+    """
+    try:
+        import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError as error:
+        raise MismatchError(
+            f"{model.name} needs onnxruntime, which does not import here: {error}",
+            fix=f"pip install 'onnxruntime>={runtime.get('minimum') or runtime.get('version') or '1.30'}'",
+        ) from error
+    ort: Any = onnxruntime  # its stubs leave most arguments untyped
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    try:
+        loaded = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise _explained(model, str(error), str(ort.__version__), runtime) from error
+    for kind, specs, found in (
+        ("inputs", signature.inputs, loaded.get_inputs()),
+        ("outputs", signature.outputs, loaded.get_outputs()),
+    ):
+        wanted, names = [spec.name for spec in specs], [item.name for item in found]
+        if sorted(wanted) != sorted(names):
+            raise BundleError(
+                f"{model.name} has the {kind} {', '.join(names)}, but its signature says {', '.join(wanted)}",
+                fix="build the bundle again: the model and the manifest do not belong together",
+            )
+    return OrtSession(loaded, signature)
+
+
+def _explained(model: Path, message: str, installed: str, runtime: Mapping[str, str]) -> BundleError:
+    for what, pattern in TOO_NEW:
+        if found := pattern.search(message):
+            wanted = runtime.get("minimum") or runtime.get("version")
+            newer = f"pip install 'onnxruntime>={wanted}'" if wanted else "install a newer onnxruntime"
+            return MismatchError(f"{model.name} has {what} {found[1]}, but ONNX Runtime {installed} reads at most {found[2]}", fix=newer)
+    first = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", message.strip().split("\n", 1)[0])
+    return BundleError(
+        f"ONNX Runtime {installed} cannot load {model.name}: {first}",
+        fix="check that the file is a whole ONNX model; `deploycc inspect` lists its operators",
+    )
+
+
+class OrtSession:
+    """One loaded model."""
+
+    def __init__(self, loaded: Any, signature: Signature) -> None:
+        self.signature = signature
+        self._run = loaded.run
+        self._outputs = [spec.name for spec in signature.outputs]
+        self._checked: list[object] = []
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """One call. Raises SignatureError."""
+        seen: list[object] = [(name, array.dtype, array.shape) for name, array in feeds.items()]
+        if seen != self._checked:  # a full check costs 4 µs, as much as a tiny model: once per kind of feeds is enough
+            self.signature.check(feeds)
+            self._checked = seen
+        return dict(zip(self._outputs, self._run(self._outputs, feeds), strict=True))
+
+    def synchronize(self) -> None:
+        """Nothing is pending on a CPU."""
+
+    def __enter__(self) -> OrtSession:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Forget the model, so that its memory goes."""
+        self._run = _closed
+
+
+def _closed(*_: object) -> Any:
+    raise BundleError("this session is closed", fix="open the bundle again")

@@ -1,0 +1,212 @@
+"""What the commands besides `compile` and `plan` do, as functions that return plain values and never print."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from deploycc import __version__
+from deploycc.bench.harness import Candidate, measure
+from deploycc.bench.result import BenchResult
+from deploycc.core import target as targets
+from deploycc.core.artifact import Artifact, Feeds, Form
+from deploycc.core.contract import ModelRequest, Progress, Session, silent
+from deploycc.core.data import Data
+from deploycc.core.registry import BACKENDS, FORMS
+from deploycc.core.target import Bench
+from deploycc.errors import DeployError, UsageError
+from deploycc.planning import find_source, open_dataset
+from deploycc.runtime import bundle as bundles
+from deploycc.runtime import host, sessions
+from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
+
+Shapes = Mapping[str, tuple[int | str, ...]]
+OPTIONAL = {"sklearn": ("scikit-learn (data source sklearn:digits)", "pip install 'deploycc[sklearn]'")}
+INTERESTING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve")
+
+
+def is_bundle(text: str) -> bool:
+    """Whether `text` names a folder with a manifest."""
+    return (Path(text) / bundles.MANIFEST).is_file()
+
+
+def load_model(text: str, inputs: Shapes, weights: Path | None, random_weights: bool, seed: int = 0) -> Artifact:
+    """Capture a model. Raises SourceError and UsageError."""
+    request = ModelRequest(text=text, weights=weights, random_weights=random_weights, inputs=inputs, seed=seed)
+    return find_source(text).load(request)
+
+
+def bench_all(
+    models: Sequence[str],
+    *,
+    data: str | None,
+    inputs: Shapes,
+    weights: Path | None,
+    random_weights: bool,
+    settings: Bench,
+    seed: int,
+    progress: Progress = silent,
+) -> BenchResult:
+    """Latencies of bundles and models in one interleaved run; the first is the baseline."""
+    if len(set(models)) != len(models):
+        raise UsageError("a model is named twice", fix="name each once; a model against itself says how noisy the machine is, not more")
+    samples = Data(open_dataset(data), seed=seed) if data else None
+    with tempfile.TemporaryDirectory() as work:
+        candidates = [
+            _candidate(text, inputs, weights, random_weights, settings, samples, seed, Path(work) / str(index))
+            for index, text in enumerate(models)
+        ]
+        return measure(candidates, settings=settings, baseline=models[0], seed=seed, progress=progress)
+
+
+def _candidate(
+    text: str,
+    inputs: Shapes,
+    weights: Path | None,
+    random_weights: bool,
+    settings: Bench,
+    samples: Data | None,
+    seed: int,
+    work: Path,
+) -> Candidate:
+    if is_bundle(text):
+        loaded = bundles.load(Path(text))
+        host.check_host(loaded.manifest)
+        return Candidate(text, lambda: bundles.open_session(loaded, settings.threads), _bundle_feeds(loaded, seed))
+    artifact = load_model(text, inputs, weights, random_weights, seed)
+    return Candidate(text, _opener(artifact, settings.threads, work), _feeds(artifact, samples, seed))
+
+
+def _opener(artifact: Artifact, threads: int, work: Path) -> Callable[[], Session]:
+    """An ONNX model opens in the runtime that ships it, fully optimized; a torch model runs eagerly."""
+    if artifact.form is not Form.ONNX:
+        return lambda: FORMS.get(artifact.form.value).open(artifact, threads=threads)
+    work.mkdir()
+    FORMS.get(Form.ONNX.value).save(artifact.model, work)
+    path = next(path for path in sorted(work.iterdir()) if path.suffix == ".onnx")
+    return lambda: sessions.find("onnxruntime").open(path, artifact.signature, {}, threads)
+
+
+def _feeds(artifact: Artifact, samples: Data | None, seed: int) -> Sequence[Feeds]:
+    from deploycc.forms.module import example_feeds
+
+    return (samples.probe(artifact, 8) if samples else []) or [example_feeds(artifact.signature, seed=seed)]
+
+
+def _bundle_feeds(loaded: bundles.LoadedBundle, seed: int) -> Sequence[Feeds]:
+    from deploycc.forms.module import example_feeds
+
+    if loaded.file("golden") is None:
+        return [example_feeds(loaded.signature, seed=seed)]
+    return bundles.read_golden(loaded).feeds
+
+
+def predict(folder: Path, file: Path, *, top: int, threads: int) -> dict[str, Any]:
+    """One answer of a bundle: {"predictions": […]} for class scores, else {"outputs": {name: values}}."""
+    loaded = bundles.load(folder)
+    host.check_host(loaded.manifest)
+    feeds = bundles.read_input(loaded, file)
+    with bundles.open_session(loaded, threads) as session:
+        outputs = session.run(feeds)
+    found = bundles.interpret(loaded, outputs, top)
+    answer = {"predictions": found} if found is not None else {"outputs": {name: array.tolist() for name, array in outputs.items()}}
+    return {"file": str(file), **answer, "notices": list(loaded.manifest.get("notices", []))}
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Hashes, machine, golden outputs. Raises BundleError and MismatchError at the first that fails."""
+    loaded = bundles.load(folder)
+    checks = [f"{len(bundles.listed(loaded.manifest))} files have the hashes of the manifest"]
+    host.check_host(loaded.manifest)
+    checks.append(f"this machine fits target '{loaded.manifest['target']['name']}'")
+    if loaded.file("golden") is None:
+        checks.append("no golden outputs to compare (compiled without data)")
+    else:
+        golden = bundles.read_golden(loaded)
+        with bundles.open_session(loaded, 1) as session:
+            worst = bundles.check_golden(golden, session)
+        distances = ", ".join(f"{name}: {value:.3g} of {golden.atol.get(name, 0.0):.3g} allowed" for name, value in worst.items())
+        checks.append(f"{len(golden.feeds)} golden outputs ({distances})")
+    return {"bundle": str(folder), "checks": checks, "unlisted": list(loaded.unlisted)}
+
+
+def inspect(thing: str, *, inputs: Shapes, weights: Path | None, random_weights: bool) -> dict[str, Any]:
+    """Signature, operators, precision, MACs and bytes of a bundle or model."""
+    if is_bundle(thing):
+        loaded = bundles.load(Path(thing))
+        manifest = loaded.manifest
+        return {
+            "kind": "bundle",
+            "name": thing,
+            "target": manifest["target"]["name"],
+            "runtime": dict(manifest["runtime"]),
+            "signature": loaded.signature.to_json(),
+            "coverage": manifest["shipped"]["coverage"],
+            "decision": manifest.get("decision"),
+            "notices": manifest.get("notices", []),
+            "files": [{"path": item["path"], "bytes": (loaded.folder / item["path"]).stat().st_size} for item in bundles.listed(manifest)],
+        }
+    artifact = load_model(thing, inputs, weights, random_weights)
+    form = FORMS.get(artifact.form.value)
+    stats = form.stats(artifact)
+    return {
+        "kind": artifact.form.value,
+        "name": thing,
+        "signature": artifact.signature.to_json(),
+        "bytes": stats.bytes,
+        "parameters": stats.parameters,
+        "macs": stats.macs,
+        "operators": dict(Counter(form.operators(artifact.model)).most_common()),
+        "coverage": _coverage(artifact),
+        "notices": list(artifact.notices),
+    }
+
+
+def _coverage(artifact: Artifact) -> dict[str, Any] | None:
+    """Precision in ONNX Runtime for an ONNX model; None for a torch model, whose runtime is not decided yet."""
+    if artifact.form is not Form.ONNX:
+        return None
+    backend = BACKENDS.get("onnxruntime")
+    any_cpu = targets.Target(name="inspect", title="", backend=backend.name, arch="aarch64", pipeline="")
+    with tempfile.TemporaryDirectory() as folder:
+        found = backend.build(artifact, any_cpu, Path(folder)).coverage
+    return asdict(found)
+
+
+def doctor() -> dict[str, Any]:
+    """This machine, its runtimes, the targets that fit it, and what is missing."""
+    flags = cpu_flags()
+    backends = {name: BACKENDS.get(name).available() for name in BACKENDS.names()}
+    return {
+        "deploycc": __version__,
+        "python": platform.python_version(),
+        "cpu": cpu_model(),
+        "arch": cpu_arch(),
+        "flags": [flag for flag in INTERESTING_FLAGS if flag in flags],
+        "cores": available_cores(),
+        "backends": [
+            {"name": name, "version": item.version, "missing": item.missing, "install": item.install} for name, item in backends.items()
+        ],
+        "targets": [_target_state(name, {key: bool(item) for key, item in backends.items()}) for name in targets.names()],
+        "optional": [
+            {"what": what, "here": importlib.util.find_spec(module) is not None, "install": install}
+            for module, (what, install) in OPTIONAL.items()
+        ],
+    }
+
+
+def _target_state(name: str, backends: Mapping[str, bool]) -> dict[str, Any]:
+    try:
+        target = targets.load(name)
+    except DeployError as error:
+        return {"name": name, "builds": False, "runs": False, "why": error.what}
+    misfit = targets.misfit(target)
+    builds = backends[target.backend]
+    why = misfit or ("" if builds else f"backend {target.backend} is missing")
+    return {"name": name, "builds": builds, "runs": builds and misfit is None, "why": why}

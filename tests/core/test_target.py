@@ -1,0 +1,129 @@
+import pytest
+
+from deploycc.core import target as targets
+from deploycc.core.target import Target, load
+from deploycc.errors import TargetError, UnknownName
+
+BASE = """
+title = "a board"
+backend = "onnxruntime"
+arch = "aarch64"
+pipeline = "export-onnx, quantize-static"
+"""
+
+
+@pytest.fixture
+def board(tmp_path):
+    def write(text, name="board.toml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_a_file_of_the_users_own_loads(board):
+    target = load(board(BASE + "[hardware]\ncores = 4\n[bench]\nthreads = 3\n"))
+    assert (target.name, target.hardware.cores, target.bench.threads) == ("board", 4, 3)
+
+
+def test_inherit_merges_tables_key_by_key(board):
+    board(BASE + 'auto = 9\n[quant]\nper_channel = false\nactivations = "int8"\n', "parent.toml")
+    child = load(board('inherit = "parent"\ntitle = "child"\n[quant]\nactivations = "uint8"\n'))
+    assert (child.title, child.quant.activations, child.quant.per_channel) == ("child", "uint8", False)
+    assert child.auto == 0  # being chosen automatically is not inherited
+
+
+def test_inherit_reaches_the_targets_that_come_with_deploycc(board):
+    assert load(board('inherit = "arm64-onnxruntime"\ntitle = "mine"\n')).arch == "aarch64"
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "fix"),
+    [
+        ("title = ", "not valid TOML", "correct the line"),
+        (BASE + "[quant]\nper_chanel = true\n", r"unknown key 'quant.per_chanel' \(did you mean 'per_channel'", "edit board.toml"),
+        (BASE + "colour = 1\n", "unknown key 'colour'", "edit board.toml"),
+        (BASE + '[limits]\nlatency_p95_ms = "40"\n', "limits.latency_p95_ms.*got '40'", "edit board.toml"),
+        (BASE + "[limits]\naccuracy_drop = 2.0\n", "limits.accuracy_drop.*less than or equal to 1", "edit board.toml"),
+        (BASE.replace("onnxruntime", "onxruntime"), r"no backend 'onxruntime' \(did you mean 'onnxruntime'", "edit board.toml"),
+        (BASE.replace("quantize-static", "quantise-static"), r"no pass 'quantise-static' \(did you mean 'quantize-static'", "edit board.toml"),
+        (BASE.replace("quantize-static", "quantize-static{"), "never closed", "add }"),
+        (BASE.replace("aarch64", "riscv"), "arch", "edit board.toml"),
+        (BASE + '[hardware]\nrequires = ["asimddp"]\nlacks = ["asimddp"]\n', "asimddp is both required and lacking", "edit"),
+        (BASE.replace("aarch64", "x86_64"), "saturate on x86 CPUs without VNNI", "edit"),
+        (BASE.replace("aarch64", "any"), "saturate on x86 CPUs without VNNI", "edit"),
+        (BASE + '[quant]\nactivations = "int16"\n', "int16 activations must be symmetric", "edit"),
+        (BASE + "[hardware]\ncores = 2\n[bench]\nthreads = 4\n", "4 threads on a device with 2 cores", "edit"),
+        ('title = "no backend"\n', "backend: Field required", "edit"),
+        ("inherit = 3\n", "inherit is 3", 'write inherit = "NAME"'),
+        ('inherit = "x86-onnxruntme"\n', "no target 'x86-onnxruntme'", "did you mean 'x86-onnxruntime'"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_with_the_fix(board, text, message, fix):
+    with pytest.raises(TargetError, match=message) as caught:
+        load(board(text))
+    assert fix in caught.value.fix
+    assert "board.toml" in caught.value.what
+
+
+def test_a_circle_of_inherit_names_its_members(board):
+    board('inherit = "b"\n', "a.toml")
+    board('inherit = "c"\n', "b.toml")
+    with pytest.raises(TargetError, match="circle: a → b → c → a"):
+        load(board('inherit = "a"\n', "c.toml").replace("c.toml", "a.toml"))
+
+
+def test_an_unreadable_file_is_an_error_with_a_fix(tmp_path):
+    (tmp_path / "latin.toml").write_bytes(b'title = "\xff"')
+    with pytest.raises(TargetError, match=r"cannot read latin\.toml"):
+        load(str(tmp_path / "latin.toml"))
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(UnknownName) as caught:
+        load("x86-onnxruntim")
+    assert "did you mean 'x86-onnxruntime'" in caught.value.fix
+    with pytest.raises(TargetError, match="no target file"):
+        load("nowhere.toml")
+
+
+def make(**changes):
+    facts = {"name": "t", "title": "t", "backend": "onnxruntime", "arch": "x86_64", "pipeline": "export-onnx", "auto": 1}
+    facts |= {"hardware": {"requires": ("avx512_vnni",)}}
+    return Target.model_validate({**facts, **changes})
+
+
+def test_misfit_names_the_architecture_or_the_missing_flags(monkeypatch):
+    monkeypatch.setattr(targets, "machine", lambda: ("x86_64", frozenset({"avx2"})))
+    assert targets.misfit(make()) == "this CPU lacks avx512_vnni"
+    assert targets.misfit(make(arch="aarch64")) == "it is for aarch64, this machine is x86_64"
+    monkeypatch.setattr(targets, "machine", lambda: ("x86_64", frozenset({"avx2", "avx512_vnni"})))
+    assert targets.misfit(make()) is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [
+        (("x86_64", frozenset({"avx2", "avx512_vnni"})), "x86-onnxruntime"),
+        (("x86_64", frozenset({"avx2"})), "x86-onnxruntime-avx2"),
+        (("aarch64", frozenset({"asimd"})), "arm64-onnxruntime"),
+        (("riscv64", frozenset()), "onnxruntime-portable"),
+    ],
+)
+def test_auto_picks_what_fits_the_machine(monkeypatch, machine, expected):
+    monkeypatch.setattr(targets, "machine", lambda: machine)
+    assert targets.automatic().name == expected
+
+
+def test_auto_says_so_when_nothing_fits(monkeypatch):
+    monkeypatch.setattr(targets, "machine", lambda: ("z80", frozenset()))
+    monkeypatch.setattr(targets, "names", lambda: ("x86-onnxruntime",))
+    with pytest.raises(TargetError, match="no target fits this machine"):
+        targets.automatic()
+
+
+def test_limits_and_titles_do_not_decide_the_result_of_a_pass():
+    facts = make().digest_facts()
+    assert facts == make(title="other", limits={"accuracy_drop": 0.5}).digest_facts()
+    assert facts != make(quant={"per_channel": False}).digest_facts()

@@ -1,0 +1,60 @@
+"""Small ONNX graphs from text, artifacts of them, and a context to run passes in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploycc.core import target
+from deploycc.core.artifact import Artifact, Form, Outputs
+from deploycc.core.contract import Context
+from deploycc.core.data import Data
+from deploycc.core.registry import FORMS
+from deploycc.forms import onnx as form
+from deploycc.forms.module import capture_signature, example_feeds
+from deploycc.runtime.signature import TensorSpec
+
+
+def graph(body: str, *, opset: int = 20, **weights: np.ndarray) -> Any:
+    """`(float[1,3] x) => (float[1,2] y) { y = MatMul (x, w) }` with the initializers `weights`, as onnx_ir.Model."""
+    import onnx
+    import onnx_ir as ir
+
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": {opset}]> main {body}')
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items())
+    return ir.from_proto(proto)
+
+
+def onnx_artifact(model: Any, **fields: Any) -> Artifact:
+    """An artifact of an ONNX graph."""
+    return Artifact(Form.ONNX, model, form.signature(model), "test.onnx", **fields)
+
+
+def module_artifact(module: Any, *specs: TensorSpec, **fields: Any) -> Artifact:
+    """An artifact of a torch module."""
+    return Artifact(Form.MODULE, module.eval(), capture_signature(module.eval(), specs), "test", **fields)
+
+
+def context(artifact: Artifact, **tables: Any) -> Context:
+    """Without data; `runtime=` and `quant=` replace what the target says."""
+    facts = {"name": "test", "title": "A target for tests", "backend": "onnxruntime", "arch": "any", "pipeline": ""}
+    made = target.Target.model_validate({**facts, "quant": {"reduce_range": True}, **tables})
+    return Context(made, artifact, Data(None), seed=0, workdir=Path())
+
+
+def outputs(artifact: Artifact, feeds: dict[str, np.ndarray] | None = None) -> Outputs:
+    """What an artifact gives for `feeds`, or for random ones."""
+    with FORMS.get(artifact.form.value).open(artifact, threads=1) as session:
+        return session.run(feeds if feeds is not None else example_feeds(artifact.signature))
+
+
+def kinds(artifact: Artifact) -> list[str]:
+    """Operator types in graph order."""
+    return [node.op_type for node in artifact.model.graph]
+
+
+def digest(artifact: Artifact) -> str:
+    """Of the model alone."""
+    return FORMS.get(artifact.form.value).digest(artifact.model)
