@@ -35,7 +35,7 @@ LABELS = Path(__file__).parent / "_demo" / "tuxpaint_imagenet_labels.txt"
 NOT_PHOTOS = ("symbols/", "seasonal/", "town/flags/", "town/roadsigns/", "/cartoon/", "_mirror")
 CALIBRATION_PHOTOS = 128
 PADDING = 0.08  # white around a stamp, as a share of its longer side
-RECIPE = "2"  # part of the cache folder's name: change it when the preparation changes
+RECIPE = "1"  # part of the cache folder's name: change it when the preparation changes
 FETCH_SECONDS = 180
 
 
@@ -137,8 +137,9 @@ def _prepared(cache: Path, kind: str) -> Photos | None:
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """One picture to write: its name in the folder, its pixels' file, its label, whether to lay it on a white square."""
+    """One picture to write: the package it is from, what to call it, its file, its label, whether to lay it on a white square."""
 
+    source: str
     name: str
     path: Path
     label: str = ""
@@ -191,23 +192,22 @@ def _run(command: list[str], folder: Path) -> str | None:
 
 def _with_stamps(cache: Path, stamps: Path) -> Photos:
     labels = dict(line.rsplit(None, 1) for line in LABELS.read_text(encoding="utf-8").splitlines() if line.strip())
-    labelled = [_Picture(_flat(name), stamps / name, label, stamp=True) for name, label in labels.items() if (stamps / name).is_file()]
+    labelled = [_stamp(stamps, name, label) for name, label in labels.items() if (stamps / name).is_file()]
     others = sorted(path.relative_to(stamps).as_posix() for path in stamps.rglob("*.png"))
     plain = [name for name in others if name not in labels and not any(part in name for part in NOT_PHOTOS)]
     count = min(CALIBRATION_PHOTOS, len(plain))
     chosen = [plain[index * len(plain) // count] for index in range(count)]  # spread over the folders
-    calibration = [_Picture(_flat(name), stamps / name, stamp=True) for name in chosen]
-    return _prepare(cache, "tuxpaint", [*_foolbox(), *labelled], calibration)
+    return _prepare(cache, "tuxpaint", [*_foolbox(), *labelled], [_stamp(stamps, name) for name in chosen])
 
 
-def _flat(name: str) -> str:
-    return f"{STAMPS_PACKAGE}/{name.removesuffix('.png').replace('/', '-')}.png"
+def _stamp(stamps: Path, name: str, label: str = "") -> _Picture:
+    return _Picture(STAMPS_PACKAGE, name.replace("/", "-"), stamps / name, label, stamp=True)
 
 
 def _foolbox() -> list[_Picture]:
     """ImageNet photos named imagenet_NN_LABEL.jpg."""
     folder = _package("foolbox", "pip install --no-deps foolbox==3.3.4") / "data"
-    return [_Picture(f"foolbox/{path.name}", path, path.stem.rsplit("_", 1)[1]) for path in sorted(folder.glob("imagenet_*.jpg"))]
+    return [_Picture("foolbox", path.name, path, path.stem.rsplit("_", 1)[1]) for path in sorted(folder.glob("imagenet_*.jpg"))]
 
 
 def _other_photos() -> list[_Picture]:
@@ -219,7 +219,7 @@ def _other_photos() -> list[_Picture]:
     found: list[_Picture] = []
     for package, (folder, names) in known.items():
         root = _package(package, "pip install scikit-learn scikit-image") / folder
-        found.extend(_Picture(f"{package}/{name}", root / name) for name in names if (root / name).is_file())
+        found.extend(_Picture(package, name, root / name) for name in names if (root / name).is_file())
     return found
 
 
@@ -229,11 +229,11 @@ def _prepare(cache: Path, kind: str, labelled: list[_Picture], calibration: list
     work = Path(tempfile.mkdtemp(prefix=".photos-", dir=cache))
     try:
         for picture in labelled:
-            _write(work / "data" / picture.name, picture)
-        lines = [f"{picture.name} {picture.label}\n" for picture in labelled]
+            _write(work / "data" / picture.source / picture.name, picture)
+        lines = [f"{picture.source}/{picture.name} {picture.label}\n" for picture in labelled]
         (work / "data" / "labels.txt").write_text("".join(lines), encoding="utf-8")
-        for picture in calibration:
-            _write(work / "calibration" / picture.name, picture)
+        for picture in calibration:  # no sub-folders: they would be classes
+            _write(work / "calibration" / f"{picture.source}-{picture.name}", picture)
         sources = tuple(f"{count} from {name}" for name, count in _counted(labelled)) + tuple(
             f"{count} for calibration from {name}" for name, count in _counted(calibration)
         )
@@ -247,7 +247,7 @@ def _prepare(cache: Path, kind: str, labelled: list[_Picture], calibration: list
 
 
 def _counted(pictures: list[_Picture]) -> Iterator[tuple[str, int]]:
-    names = [picture.name.split("/")[0] for picture in pictures]
+    names = [picture.source for picture in pictures]
     return ((name, names.count(name)) for name in dict.fromkeys(names))
 
 

@@ -79,9 +79,9 @@ def compile(model: str, options: Options, progress: Progress = silent) -> Compil
     started, created = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     planned = plan(model, options)
     _refuse_early(planned, options)
-    reference = capture(model, planned.source, options, planned.data)
+    reference, data = capture(model, planned.source, options, planned.data)
     with _workdir() as work:
-        context = Context(planned.target, reference, planned.data, options.seed, work, progress)
+        context = Context(planned.target, reference, data, options.seed, work, progress)
         _check_reference(context, planned)
         job = _Job(planned, options, context)
         parent = job.attempt(planned.pipeline.lossless())

@@ -163,13 +163,15 @@ def open_data(options: Options) -> Data:
     )
 
 
-def capture(model: str, source: ModelSource, options: Options, data: Data) -> Artifact:
-    """Load the model; a transform that the data set declares wins over the model's own."""
-    artifact = source.load(
-        ModelRequest(text=model, weights=options.weights, random_weights=options.random_weights, inputs=options.inputs, seed=options.seed)
+def capture(model: str, source: ModelSource, options: Options, data: Data) -> tuple[Artifact, Data]:
+    """Load the model, and number the labels like its classes; a transform that the data set declares wins over the model's own."""
+    request = ModelRequest(
+        text=model, weights=options.weights, random_weights=options.random_weights, inputs=options.inputs, seed=options.seed
     )
+    artifact = source.load(request)
     declared = data.dataset.transform if data.dataset else None
-    return replace(artifact, transform=declared) if declared else artifact
+    artifact = replace(artifact, transform=declared) if declared else artifact
+    return artifact, data.matched(artifact.transform.classes if artifact.transform else None)
 
 
 UNITS = {

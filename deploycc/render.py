@@ -253,6 +253,7 @@ def _remarks(result: Compiled) -> Iterator[Text | str]:
     if shipped.artifact.quant:
         for operator, reason in shipped.built.coverage.float_operators:
             yield f"left in float: {operator}: {reason}"
+    yield from (f"note: {result.plan.source.name}: {note}" for note in result.reference.notes)
     for receipt in shipped.artifact.history:
         for note in receipt.notes:
             yield f"note: {receipt.spec.partition('{')[0]}: {note}"
@@ -306,7 +307,7 @@ def compiled_json(result: Compiled) -> dict[str, Any]:
             ],
             "limits": [check.model_dump() for check in result.limits],
             "notices": list(result.reference.notices),
-            "notes": list(result.plan.data.notes),
+            "notes": [*result.reference.notes, *result.plan.data.notes],
             "warnings": list(result.outcome.bench.warnings()) if result.outcome.bench else [],
             "not_measured": result.plan.misfit,
             "seconds": result.seconds,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import io
 import re
+import warnings
 import zipfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,7 @@ FILE = "model.pt"
 SESSION = "torchscript"
 OLDEST = "2.11"
 FLOAT_TOLERANCE = 1e-4  # of the largest output: freezing folds constants, which rounds differently
+BRANCH_FACTORS = (1, -1, 0, 10)  # of random input: enough to take the other side of most branches
 _MANGLE = re.compile(rb"(?:/|\.)___torch_mangle_\d+")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -63,25 +65,25 @@ class TorchScriptBackend:
 
     def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
         """Write model.pt. Raises UnsupportedError when a trace does not do what the model does."""
-        import torch
-
-        from deploycc.forms.module import example_tensors
+        from deploycc.forms.module import example_feeds, example_tensors
         from deploycc.runtime.sessions.torchscript import using_engine
 
         integer = artifact.quant is not None
         with using_engine(self.name):
-            frozen = _trace(artifact.model, example_tensors(artifact.signature))
+            frozen, branches = _trace(artifact.model, example_tensors(artifact.signature))
             (folder / FILE).write_bytes(_canonical(frozen))
         runtime = {
             "session": SESSION,
             "package": "torch",
-            "version": str(torch.__version__),
+            "version": version("torch"),
             "minimum": target.runtime.minimum or OLDEST,
             "engine": self.name,
             **({} if integer else self.float_runtime),
         }
         built = Built(folder, (FILE,), runtime, artifact.signature, coverage(artifact))
-        self._verify(built, artifact, target)
+        feeds = example_feeds(artifact.signature, seed=1)  # which the trace has not seen
+        for factor in BRANCH_FACTORS if branches else (1,):
+            self._verify(built, artifact, target, {name: (array * factor).astype(array.dtype) for name, array in feeds.items()})
         return built
 
     def open(self, built: Built, target: Target, *, threads: int) -> Session:
@@ -89,28 +91,34 @@ class TorchScriptBackend:
         module = importlib.import_module(f"deploycc.runtime.sessions.{SESSION}")
         return module.open(built.folder / built.files[0], built.signature, built.runtime, threads)
 
-    def _verify(self, built: Built, artifact: Artifact, target: Target) -> None:
-        """The file against the module on input that the trace did not see."""
+    def _verify(self, built: Built, artifact: Artifact, target: Target, feeds: dict[str, np.ndarray]) -> None:
+        """The file against the module. Raises UnsupportedError."""
         import torch
 
-        from deploycc.forms.module import example_feeds, named_outputs
+        from deploycc.forms.module import named_outputs
         from deploycc.runtime.sessions.torchscript import using_engine
 
-        feeds = example_feeds(artifact.signature, seed=1)
         with using_engine(self.name), torch.inference_mode():
             result = artifact.model(*(torch.from_numpy(feeds[spec.name].copy()) for spec in artifact.signature.inputs))
             wanted = [value.numpy() for _, value in named_outputs(result)]
             with self.open(built, target, threads=torch.get_num_threads()) as session:
                 found = list(session.run(feeds).values())
         for spec, want, got in zip(artifact.signature.outputs, wanted, found, strict=True):
-            scale = float(np.abs(want).max(initial=0.0)) or 1.0
-            distance = float(np.abs(want.astype(np.float64) - got.astype(np.float64)).max(initial=0.0)) / scale
+            distance = _distance(want, got)
             if not distance <= FLOAT_TOLERANCE:
                 raise UnsupportedError(
                     f"output '{spec.name}' of the traced model differs from the model's by {distance:.2g} of the largest value on other "
                     "input: forward() branches on a tensor's value",
                     fix="take the branch out of forward() (torch.where computes both sides), or use an ONNX target",
                 )
+
+
+def _distance(want: np.ndarray, got: np.ndarray) -> float:
+    """Max |difference| / max |want|; NaN and Inf in the same places do not differ."""
+    if np.array_equal(want, got, equal_nan=want.dtype.kind == "f"):
+        return 0.0
+    scale = float(np.abs(want).max(initial=0.0)) or 1.0
+    return float(np.abs(want.astype(np.float64) - got.astype(np.float64)).max(initial=0.0)) / scale
 
 
 def made_for_this_engine(artifact: Artifact, target: Target) -> list[Violation]:
@@ -135,8 +143,9 @@ def fixed_shapes(artifact: Artifact, target: Target) -> list[Violation]:
 def coverage(artifact: Artifact) -> Coverage:
     """Share of MACs in integer kernels, counted by running the module once."""
     from deploycc.forms._torch_macs import operator_macs
+    from deploycc.forms.module import example_tensors
 
-    operators = operator_macs(artifact.model, artifact.signature)
+    operators = operator_macs(artifact.model, example_tensors(artifact.signature))
     if operators is None:
         return Coverage(None, 0, ())
     reasons = dict(artifact.quant.left_float) if artifact.quant else {}
@@ -149,22 +158,19 @@ def coverage(artifact: Artifact) -> Coverage:
     )
 
 
-def _trace(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Any:
-    """Traced and frozen."""
-    import warnings
-
+def _trace(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> tuple[Any, bool]:
+    """Traced and frozen, and whether Python looked at a tensor's value on the way (to branch, or only to check a shape)."""
     import torch
 
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*torch\.jit.*")
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # `_verify` finds out whether a branch matters
-        return torch.jit.freeze(torch.jit.trace(module, example, check_trace=False, strict=False).eval())
+    jit: Any = torch.jit
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        frozen = jit.freeze(jit.trace(module, example, check_trace=False, strict=False).eval())
+    return frozen, any(issubclass(item.category, jit.TracerWarning) for item in caught)
 
 
 def _canonical(frozen: Any) -> bytes:
     """The archive's bytes, without what differs from run to run."""
-    import warnings
-
     import torch
 
     saved = io.BytesIO()

@@ -15,7 +15,8 @@ from deploycc.core.contract import Backend, Context, Pass, Session
 from deploycc.core.registry import FORMS
 from deploycc.runtime.measure import summarize, time_interleaved
 
-SECONDS = 0.4
+SECONDS = 0.25
+WARMUP_SECONDS = 0.05
 RUNS = 10
 
 
@@ -38,7 +39,7 @@ class Latency:
             if session is None:
                 return receipt
             with session:
-                found = time_interleaved({"": lambda index: session.run(feeds[0])}, min_seconds=SECONDS, min_runs=RUNS, warmup_seconds=0.1)
+                found = time_interleaved({"": lambda index: session.run(feeds[0])}, min_seconds=SECONDS, min_runs=RUNS, warmup_seconds=WARMUP_SECONDS)
         summary = summarize(found[""])
         return replace(receipt, latency_ms=(summary.p50, summary.low, summary.high))
 

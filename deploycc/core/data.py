@@ -74,6 +74,8 @@ class Data:
         calibration_samples: int = CALIBRATION_SAMPLES,
     ) -> None:
         self.dataset = dataset
+        self._other = calibration
+        self._seed, self._limit = seed, calibration_samples
         self.notes: list[str] = []
         self._parts = _roles(dataset, calibration, seed, calibration_samples, self.notes)
 
@@ -81,6 +83,12 @@ class Data:
     def classes(self) -> tuple[str, ...] | None:
         """Class names in index order, where the data set knows them."""
         return self.dataset.classes if self.dataset else None
+
+    def matched(self, classes: Sequence[str] | None) -> Data:
+        """The same samples with labels numbered like the model's `classes`, by name. Raises DataError (see `match_classes`)."""
+        if self.dataset is None:
+            return self
+        return Data(match_classes(self.dataset, classes), self._other, seed=self._seed, calibration_samples=self._limit)
 
     def has(self, role: str) -> bool:
         """Whether there are samples for `role` ("calibration", "training" or "validation")."""

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deploycc import __version__
 from deploycc.core.artifact import Artifact, Form, QuantInfo, Receipt, Signature
 from deploycc.core.contract import Context, FormOps, Observer, Pass
 from deploycc.core.registry import FORMS, PASSES, suggest
@@ -216,7 +217,7 @@ def _run_step(step: Step, artifact: Artifact, context: Context, observers: Seque
 def _key(body: Pass, artifact: Artifact, context: Context) -> str:
     return Store.key(
         {
-            "deploycc": __version__,
+            "deploycc": _code_digest(),
             "input": artifact.digest(),
             "pass": format_spec(body, full=True),
             "target": context.target.digest_facts(),
@@ -225,6 +226,14 @@ def _key(body: Pass, artifact: Artifact, context: Context) -> str:
             "versions": _versions(),
         }
     )
+
+
+@cache
+def _code_digest() -> str:
+    """SHA-256 of the code that makes a pass's result: a changed pass never finds its old results."""
+    package = Path(__file__).parent.parent
+    files = sorted(file for folder in ("core", "forms", "passes") for file in (package / folder).glob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _versions() -> dict[str, str]:

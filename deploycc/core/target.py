@@ -30,9 +30,7 @@ class Hardware(_Table):
     """Facts about the device; `requires` is what the loader refuses to run without."""
 
     cores: int | None = Field(default=None, ge=1, description="cores of the device")
-    requires: tuple[str, ...] = Field(
-        default=(), strict=False, description="CPU flags the loader refuses to run without"
-    )
+    requires: tuple[str, ...] = Field(default=(), strict=False, description="CPU flags the loader refuses to run without")
     lacks: tuple[str, ...] = Field(default=(), strict=False, description="CPU flags a build must not assume")
     memory_mb: int | None = Field(default=None, ge=1, description="memory of the device in MB")
 

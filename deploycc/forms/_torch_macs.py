@@ -7,9 +7,8 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deploycc.core.artifact import Signature
-
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 CONVOLUTIONS = ("conv1d", "conv1d_relu", "conv2d", "conv2d_relu", "conv3d", "conv3d_relu")
@@ -26,19 +25,22 @@ class OperatorMacs:
     integer: bool
 
 
-def operator_macs(model: nn.Module, signature: Signature) -> list[OperatorMacs] | None:
-    """Every heavy operator in the order of the run (named axes count as 2); None when the model cannot run under the counter."""
+def operator_macs(model: nn.Module, example: tuple[torch.Tensor, ...]) -> list[OperatorMacs] | None:
+    """Every heavy operator in the order of the run on `example`; None when the model cannot run under the counter."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from deploycc.forms.module import example_tensors
-
     counter = FlopCounterMode(display=False, custom_mapping=_integer_formulas())
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # fused attention has no formula
     try:
-        with torch.no_grad(), counter:
-            model(*example_tensors(signature))
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            model(*example)
     except Exception:  # noqa: BLE001  a model that cannot run under the counter has no count; that is not an error
         return None
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     totals = {path: {str(operator): flops // 2 for operator, flops in found.items()} for path, found in counter.get_flop_counts().items()}
     totals.pop("Global", None)
     found: list[OperatorMacs] = []

@@ -83,10 +83,13 @@ class ModuleSession:
         """One eager call. Raises SignatureError."""
         import torch
 
+        from deploycc.runtime.sessions.torchscript import using_engine
+
         self.signature.check(feeds)
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        with torch.inference_mode():  # on copies: a module may work in place on its input
+        engine = getattr(self._module, "quantized_engine", None)  # of a quantized one
+        with using_engine(engine), torch.inference_mode():  # on copies: a module may work in place on its input
             result = self._module(*(torch.from_numpy(feeds[spec.name].copy()) for spec in self.signature.inputs))
         return {name: value.numpy() for name, value in named_outputs(result)}
 
@@ -253,15 +256,12 @@ def _sources(model: torch.nn.Module) -> set[str]:
 
 def _macs(artifact: Artifact) -> int | None:
     """For one call with every leading named axis at 1."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    from deploycc.forms._torch_macs import operator_macs
 
-    counter = FlopCounterMode(display=False)
     leading = {str(spec.shape[0]): 1 for spec in artifact.signature.inputs if spec.shape}
     try:
         sizes = {**example_sizes(artifact.model, artifact.signature.inputs), **leading}
-        with torch.no_grad(), counter:
-            artifact.model(*example_tensors(artifact.signature, sizes))
-    except Exception:  # noqa: BLE001  a model that cannot run under the counter has no count; that is not an error
+    except SourceError:
         return None
-    return counter.get_total_flops() // 2 or None
+    operators = operator_macs(artifact.model, example_tensors(artifact.signature, sizes))
+    return sum(item.macs for item in operators) if operators else None

@@ -38,19 +38,16 @@ class OnnxForm:
         for graph in graphs(model):
             for value in (*graph.inputs, *graph.outputs):
                 digest.update(f"{value.name}{value.dtype}{value.shape}".encode())
-            for name in sorted(graph.initializers):
-                tensor = graph.initializers[name].const_value
-                if tensor is None:
-                    continue
-                digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
-                digest.update(tensor.tobytes())
             for node in graph:
                 digest.update(ir.to_proto(node).SerializeToString(deterministic=True))
+        for name, tensor in sorted(weights(model), key=lambda item: item[0]):
+            digest.update(f"{name}{tensor.dtype}{tensor.shape}".encode())
+            digest.update(tensor.tobytes())
         return digest.hexdigest()
 
     def stats(self, artifact: Artifact) -> ModelStats:
         """Bytes and elements of the weights; MACs from the shapes, None where a shape is unknown."""
-        tensors = [value.const_value for graph in graphs(artifact.model) for value in graph.initializers.values() if value.const_value]
+        tensors = [tensor for _, tensor in weights(artifact.model)]
         macs = count_macs(artifact.model)
         return ModelStats(
             bytes=sum(tensor.nbytes for tensor in tensors),
@@ -137,7 +134,7 @@ def write(model: ir.Model, folder: Path) -> Path:
     """Write `model` into `folder` as model.onnx (+ model.onnx.data over 2 GB); the same bytes for the same model. Returns its path."""
     import onnx_ir as ir
 
-    nbytes = sum(value.const_value.nbytes for graph in graphs(model) for value in graph.initializers.values() if value.const_value)
+    nbytes = sum(tensor.nbytes for _, tensor in weights(model))
     path = folder / FILE
     if nbytes > INLINE_LIMIT_BYTES:
         ir.save(model, path, external_data=DATA_FILE)
@@ -158,6 +155,14 @@ def graphs(model: ir.Model) -> Iterator[Any]:
     for function in model.functions.values():
         yield function
         yield from function.subgraphs()
+
+
+def weights(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """(name, tensor) of every initializer, those of sub-graphs included; functions have none."""
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            if value.const_value is not None:
+                yield name, value.const_value
 
 
 def signature(model: ir.Model) -> Signature:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 GROWTH_ELEMENTS = 1 << 18  # a folded result may be larger than what it replaces by at most this
 RULES_OPSET = 13
 MOST_ROUNDS = 4
+MOVING = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 NEVER = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 
 
@@ -108,8 +109,7 @@ def _materialize_weights(model: ir.Model) -> None:
             if node.op_type != "ConstantOfShape" or not isinstance(graph, ir.Graph):
                 continue
             shape, out = node.inputs[0], node.outputs[0]
-            is_weight = any(is_heavy(reader.op_type) and index > 0 for reader, index in out.uses())
-            if not is_weight or shape is None or shape.const_value is None or out.is_graph_output():
+            if not _is_weight(out) or shape is None or shape.const_value is None or out.is_graph_output():
                 continue
             value = node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.zeros(1, np.float32)
             array = np.full(shape.const_value.numpy(), value.reshape(()), value.dtype)
@@ -118,6 +118,14 @@ def _materialize_weights(model: ir.Model) -> None:
             out.replace_all_uses_with(weight)
             graph.remove(node, safe=True)
             graph.register_initializer(weight)
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Whether a heavy operator takes it as weight or bias, directly or moved about."""
+    return any(
+        (is_heavy(reader.op_type) and index > 0) or (reader.op_type in MOVING and index == 0 and _is_weight(reader.outputs[0]))
+        for reader, index in value.uses()
+    )
 
 
 def _pool(model: ir.Model) -> None:
@@ -130,10 +138,12 @@ def _pool(model: ir.Model) -> None:
                 continue
             data, out = node.inputs[0], node.outputs[0]
             pool = ir.node("GlobalAveragePool", [data], name=node.name)
+            pool.metadata_props.update(node.metadata_props)
             made = [pool]
             keeps = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
             if not keeps:
                 made.append(ir.node("Flatten", [pool.outputs[0]], {"axis": 1}, name=f"{node.name}/Flatten"))
+                made[-1].metadata_props.update(node.metadata_props)
                 pool.outputs[0].name = f"{out.name}_pooled"
                 pool.outputs[0].type = out.type
             last = made[-1].outputs[0]

@@ -76,9 +76,3 @@ def _qnnpack_reason(conv: Convolution) -> str | None:
 def adds_pairs(engine: str, conv: Convolution) -> bool:
     """Whether the kernel adds neighbouring taps in int16 on every CPU."""
     return engine == "fbgemm" and conv.depthwise and slow_reason(engine, conv) is None
-
-
-def pair_peaks(rows: np.ndarray) -> np.ndarray:
-    """Largest |w_2i + w_2i+1| of each row (kernels × taps, row-major); a last odd tap is alone and never saturates."""
-    even = rows.shape[1] // 2 * 2
-    return np.abs(rows[:, 0:even:2] + rows[:, 1:even:2]).max(axis=1, initial=0.0)

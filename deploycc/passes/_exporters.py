@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import re
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 DYNAMO_LEAST_OPSET = 18
 TORCHSCRIPT_MOST_OPSET = 20
 LIBRARY = re.compile(r"[/\\](site-packages|dist-packages|lib[/\\]python3[.\d]*)[/\\]|^<")
-FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+QUOTED = re.compile(r'File "([^"]+)", line (\d+)|# (\S+\.py):(\d+)')  # a stack trace's way, and a TorchScript graph's
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def _dynamo(artifact: Artifact, tensors: tuple[torch.Tensor, ...], opset: int) -
     if any(axes.values()) and artifact.form is Form.MODULE:
         dynamic = tuple(dict.fromkeys(axes[spec.name], torch.export.Dim.AUTO) for spec in signature.inputs)
     program = torch.onnx.export(
-        artifact.model,
+        _own(artifact.model),
         tensors,
         dynamo=True,
         verbose=False,
@@ -91,23 +92,59 @@ def _torchscript(artifact: Artifact, tensors: tuple[torch.Tensor, ...], opset: i
     signature = artifact.signature
     axes = {name: named for name, named in _named_axes(signature).items() if named}
     outputs = {spec.name: {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in signature.outputs}
-    module = artifact.model.module() if artifact.form is Form.PROGRAM else artifact.model
-    with tempfile.TemporaryDirectory() as folder:
+    module = artifact.model.module() if artifact.form is Form.PROGRAM else _own(artifact.model)
+    with tempfile.TemporaryDirectory() as folder, _printed() as printed:
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(
-            module,
-            tensors,
-            str(path),
-            dynamo=False,
-            verbose=False,
-            opset_version=min(opset, TORCHSCRIPT_MOST_OPSET),
-            input_names=[spec.name for spec in signature.inputs],
-            output_names=[spec.name for spec in signature.outputs],
-            dynamic_axes={**axes, **{name: named for name, named in outputs.items() if named and axes}},
-        )
+        try:
+            torch.onnx.export(
+                module,
+                tensors,
+                str(path),
+                dynamo=False,
+                verbose=False,
+                opset_version=min(opset, TORCHSCRIPT_MOST_OPSET),
+                input_names=[spec.name for spec in signature.inputs],
+                output_names=[spec.name for spec in signature.outputs],
+                dynamic_axes={**axes, **{name: named for name, named in outputs.items() if named and axes}},
+            )
+        except Exception as error:
+            error.add_note(printed())  # the graph at the failure, with the lines of code it came from
+            raise
         model = ir.load(path)
         ir.external_data.load_to_model(model)  # weights over 2 GB are in files of the folder
     return model
+
+
+def _own(model: Any) -> Any:
+    """A copy of a TorchScript module, whose graph the exporters rewrite in place (and deepcopy shares); any other model itself."""
+    import torch
+
+    if not isinstance(model, torch.jit.ScriptModule):
+        return model
+    buffer = io.BytesIO()
+    torch.jit.save(model, buffer)
+    buffer.seek(0)
+    return torch.jit.load(buffer)
+
+
+@contextlib.contextmanager
+def _printed() -> Iterator[Callable[[], str]]:
+    """Catches what C++ code writes to the process's own stdout and stderr; gives a function that returns it."""
+    with tempfile.TemporaryFile() as file:
+        kept = [(number, os.dup(number)) for number in (1, 2)]
+
+        def read() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            for number, _ in kept:
+                os.dup2(file.fileno(), number)
+            yield read
+        finally:
+            for number, copied in kept:
+                os.dup2(copied, number)
+                os.close(copied)
 
 
 def _named_axes(signature: Signature) -> dict[str, dict[int, str]]:
@@ -164,9 +201,11 @@ def _place(chain: list[BaseException]) -> str | None:
         if own:
             return f"{Path(own[-1].filename).name}:{own[-1].lineno}"
     for item in reversed(chain):
-        quoted = [match for match in FRAME.finditer(str(item)) if _is_users(match["file"])]
-        if quoted:
-            return f"{Path(quoted[-1]['file']).name}:{quoted[-1]['line']}"
+        text = "\n".join([str(item), *getattr(item, "__notes__", [])])
+        quoted = [(match[1] or match[3], match[2] or match[4]) for match in QUOTED.finditer(text)]
+        own = [(file, line) for file, line in quoted if _is_users(file)]
+        if own:
+            return f"{Path(own[-1][0]).name}:{own[-1][1]}"
     return None
 
 

@@ -118,9 +118,10 @@ class _Planner:
         if layer is None or not isinstance(layer, _layers()):
             return None
         weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
-        own = self._parameter(weight) is layer._parameters["weight"]
+        if "weight" not in layer._parameters or "bias" not in layer._parameters:  # computed by a parametrization
+            return None
         own_bias = layer._parameters["bias"] is None if bias is None else self._parameter(bias) is layer._parameters["bias"]
-        return layer if own and own_bias else None
+        return layer if own_bias and self._parameter(weight) is layer._parameters["weight"] else None
 
     def _module(self, path: str) -> torch.nn.Module | None:
         try:
@@ -240,6 +241,8 @@ def _apply(node: Node, args: list[Any], rank: int, axis: int, channels: int) -> 
         if not isinstance(given, Affine) or axis != 1 or training or mean is None or variance is None:
             return None
         return given.then(batch_norm(gamma, beta, mean, variance, eps))
+    if operator == "rsub":  # number − tensor
+        operator, args = "sub", args[::-1]
     if operator not in ("add", "sub", "mul", "div") or len(args) != 2:
         return None
     left, right = args

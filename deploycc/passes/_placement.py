@@ -170,3 +170,13 @@ def _leaders(graph: ir.Graph, integer: set[str], fold: bool) -> dict[str, str]:
         moved = node.op_type in MOVING
         leaders[out.name or ""] = leaders[source.name or ""] if moved else (out.name or "")
     return leaders
+
+
+def weighted_inputs(graph: ir.Graph, placement: Placement) -> dict[str, int]:
+    """Activation tensor → channel axis, for what integer operators with a bias read."""
+    found: dict[str, int] = {}
+    for node in graph:
+        source = node.inputs[0] if node.inputs else None
+        if _name(node) in placement.nodes and node.op_type in ("Conv", "Gemm") and source is not None:
+            found[source.name or ""] = 1 if node.op_type == "Conv" else -1
+    return found

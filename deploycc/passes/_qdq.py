@@ -15,11 +15,13 @@ import numpy as np
 
 from deploycc.core.target import Quant
 from deploycc.passes._placement import HEAVY, Placement, activations, is_constant
+from deploycc.passes._rounding import round_keeping_sums
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 BIAS_LIMIT = 2.0**30  # half of int32's range: the accumulator adds the products on top
+FEW_CHANNELS = 4  # a kernel over at most so many input channels sees much the same value at every tap
 CLIP_SHARES = np.linspace(1.0, 0.6, 41)
 
 
@@ -60,17 +62,38 @@ def weight_scales(weight: np.ndarray, axis: int | None, most: int, *, clip: bool
     return best.astype(np.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """Options of the pass: how weights become integers, and whether biases make up for it."""
+
+    clip_weights: bool
+    keep_sums: bool
+    correct_bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Quantized weights of one operator: the dequantized value in the graph, scales per channel, and W − W_q."""
+
+    value: ir.Value
+    scales: np.ndarray
+    error: np.ndarray
+
+
 class Writer:
     """Rewrites one graph in place (give it a clone)."""
 
-    def __init__(self, graph: ir.Graph, placement: Placement, scales: Mapping[str, Scale], quant: Quant, *, clip_weights: bool) -> None:
+    def __init__(
+        self, graph: ir.Graph, placement: Placement, scales: Mapping[str, Scale], means: Mapping[str, np.ndarray], quant: Quant, how: How
+    ) -> None:
         self.graph = graph
         self.placement = placement
         self.scales = scales
+        self.means = means
         self.quant = quant
-        self.clip_weights = clip_weights
+        self.how = how
         self.integer = frozenset(placement.nodes)
-        self._weights: dict[tuple[str, int], tuple[ir.Value, np.ndarray]] = {}
+        self._weights: dict[tuple[str, int], Weight] = {}
 
     def write(self) -> None:
         """Insert everything."""
@@ -150,41 +173,64 @@ class Writer:
         source = node.inputs[0]
         if weight is None or weight.const_value is None or source is None:
             raise ValueError(f"{node.name} has no constant weight")  # the placement only takes those that have
-        axis = _channel_axis(node)
         x_scale = float(self.scales[self.placement.leaders[source.name or ""]].scale)
-        bias_array = bias.const_value.numpy() if bias is not None and bias.const_value is not None else None
-        dequantized, scales = self._weight(weight, axis, bias_array, x_scale)
-        node.replace_input_with(1, dequantized)
-        if bias is None or bias_array is None:
+        float_bias = bias.const_value.numpy() if bias is not None and bias.const_value is not None else None
+        made = self._weight(node, weight, float_bias, x_scale)
+        node.replace_input_with(1, made.value)
+        if node.op_type == "MatMul":
+            return  # it has no bias
+        corrected = self._corrected(node, source.name or "", made.error, float_bias)
+        if corrected is None:
             return
-        bias_scale = (np.float32(x_scale) * scales).astype(np.float32)
-        array = np.clip(np.rint(bias_array / bias_scale.astype(np.float64)), -BIAS_LIMIT, BIAS_LIMIT).astype(np.int32)
+        scale = (np.float32(x_scale) * made.scales).astype(np.float32)
+        array = np.clip(np.rint(corrected / scale.astype(np.float64)), -BIAS_LIMIT, BIAS_LIMIT).astype(np.int32)
         stem = f"{node.name}_bias"
-        inputs = [self._initializer(f"{stem}_quantized", array), self._initializer(f"{stem}_scale", bias_scale)]
+        inputs = [self._initializer(f"{stem}_quantized", array), self._initializer(f"{stem}_scale", scale)]
         dq = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{stem}_DequantizeLinear")
         dq.outputs[0].name = f"{stem}_dequantized"
         self.graph.insert_before(node, dq)
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
         node.replace_input_with(2, dq.outputs[0])
 
-    def _weight(self, weight: ir.Value, axis: int, bias: np.ndarray | None, x_scale: float) -> tuple[ir.Value, np.ndarray]:
+    def _corrected(self, node: ir.Node, source: str, error: np.ndarray, bias: np.ndarray | None) -> np.ndarray | None:
+        """The bias with the mean rounding error of the weights added, or as it is."""
+        if not self.how.correct_bias or source not in self.means:
+            return bias
+        mean = self.means[source]
+        out = error.shape[_channel_axis(node)]
+        if node.op_type == "Conv":
+            per_input = error.reshape(out, error.shape[1], -1).sum(axis=2)
+            groups = len(mean) // error.shape[1]
+            of_group = mean.reshape(groups, -1)[np.arange(out) * groups // out]
+            shift = (per_input * of_group).sum(axis=1)
+        else:
+            shift = error @ mean if _channel_axis(node) == 0 else mean @ error
+        start = np.zeros(out) if bias is None else np.broadcast_to(bias.reshape(-1), (out,)).astype(np.float64)
+        return start + shift
+
+    def _weight(self, node: ir.Node, weight: ir.Value, bias: np.ndarray | None, x_scale: float) -> Weight:
         import onnx_ir as ir
 
-        if (weight.name or "", axis) in self._weights and bias is None:
-            return self._weights[weight.name or "", axis]
+        axis = _channel_axis(node)
+        key = (weight.name or "", axis)
+        if key in self._weights and bias is None:
+            return self._weights[key]
         if weight.const_value is None:
             raise ValueError(f"{weight.name} is not constant")
         array = weight.const_value.numpy()
-        most = 63 if self.quant.reduce_range else 127
         channels = array.shape[axis]
-        scales = weight_scales(array, axis if self.quant.per_channel else None, most, clip=self.clip_weights)
+        most = 63 if self.quant.reduce_range else 127
+        scales = weight_scales(array, axis if self.quant.per_channel else None, most, clip=self.how.clip_weights)
         if bias is not None:
             least = np.abs(bias).reshape(-1) / (x_scale * BIAS_LIMIT)
             scales = np.maximum(scales, least.max() if len(scales) == 1 else least).astype(np.float32)
         shape = [-1 if index == axis else 1 for index in range(array.ndim)]
-        quantized = np.clip(np.rint(array / scales.reshape(shape if len(scales) == channels else [1] * array.ndim)), -most, most)
+        spread = scales.reshape(shape if len(scales) == channels else [1] * array.ndim).astype(np.float64)
+        quantized = self._rounded(np.clip(array / spread, -most, most), most)
         kind = np.dtype(self.quant.weights)
         zero = 128 if kind.kind == "u" else 0
-        stem = f"{weight.name}_{len(self._weights)}" if (weight.name or "", axis) in self._weights else f"{weight.name}"
+        stem = f"{weight.name}_{len(self._weights)}" if key in self._weights else f"{weight.name}"
         per_channel = len(scales) > 1
         inputs = [
             self._initializer(f"{stem}_quantized", (quantized + zero).astype(kind)),
@@ -194,8 +240,15 @@ class Writer:
         dq = ir.node("DequantizeLinear", inputs, {"axis": axis} if per_channel else {}, name=f"{stem}_DequantizeLinear")
         dq.outputs[0].name = f"{stem}_dequantized"
         self.graph.insert_before(self.graph[0], dq)
-        self._weights[weight.name or "", axis] = (dq.outputs[0], np.broadcast_to(scales, (channels,)))
-        return self._weights[weight.name or "", axis]
+        self._weights[key] = Weight(dq.outputs[0], np.broadcast_to(scales, (channels,)), array - quantized * spread)
+        return self._weights[key]
+
+    def _rounded(self, steps: np.ndarray, most: int) -> np.ndarray:
+        """Whole numbers near `steps`; with `keep_sums` a kernel over few channels keeps the sum of its taps."""
+        if not self.how.keep_sums or steps.ndim < 3 or steps.shape[1] > FEW_CHANNELS:
+            return np.rint(steps)
+        kernels = steps.reshape(steps.shape[0] * steps.shape[1], -1)
+        return round_keeping_sums(kernels, most).reshape(steps.shape)
 
     def _constants(self, node: ir.Node) -> None:
         """A constant operand of a light operator, as the activations' type, per tensor."""

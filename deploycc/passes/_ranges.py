@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 BINS = 8192
+COUNTED = 32_768  # values of a call that are counted; extremes are taken over all. An odd stride walks over all rows and channels
 AVERAGING = 0.05
 MSE_STEPS = 48
 ENTROPY_BINS = 2048
@@ -48,7 +49,8 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         if self.keep_counts:
             self._widen(max(abs(low), abs(high)))
-            scaled = values.ravel() * np.float32(BINS / (2 * self.limit)) + np.float32(BINS / 2)
+            counted = values.ravel()[:: max(1, values.size // COUNTED) | 1]
+            scaled = counted * np.float32(BINS / (2 * self.limit)) + np.float32(BINS / 2)
             self.counts += np.bincount(np.clip(scaled, 0, BINS - 1).astype(np.int32), minlength=BINS)
 
     def _widen(self, reach: float) -> None:
@@ -67,6 +69,22 @@ class Histogram:
         return (np.arange(BINS) + 0.5) * (2 * self.limit / BINS) - self.limit
 
 
+@dataclass
+class Mean:
+    """Mean of a tensor over everything but its channel `axis`, each call weighing the same."""
+
+    axis: int
+    value: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    calls: int = 0
+
+    def add(self, values: np.ndarray) -> None:
+        """Take one call's values in."""
+        axis = self.axis % values.ndim
+        found = values.mean(axis=tuple(i for i in range(values.ndim) if i != axis), dtype=np.float32).astype(np.float64)
+        self.calls += 1
+        self.value = found if self.calls == 1 else self.value + (found - self.value) / self.calls
+
+
 def minmax(histogram: Histogram) -> tuple[float, float]:
     """Everything that was seen."""
     return histogram.low, histogram.high
@@ -79,6 +97,8 @@ def moving_average(histogram: Histogram) -> tuple[float, float]:
 
 def percentile(histogram: Histogram, percent: float) -> tuple[float, float]:
     """The smallest range that leaves 100 − `percent` of the values out on each side, never wider than what was seen."""
+    if percent == 100:
+        return minmax(histogram)
     cumulative = np.cumsum(histogram.counts) / histogram.counts.sum()
     outside = 1 - percent / 100
     step = 2 * histogram.limit / BINS

@@ -26,7 +26,7 @@ def tidy(model: ir.Model) -> None:
     """Remove dead code and descriptions, and give a name to whatever has none or shares one. In place."""
     _remove_dead(model)
     _describe_nothing(model)
-    _complete_names(model)
+    complete_names(model)
 
 
 def name_by_module(model: ir.Model) -> None:
@@ -109,8 +109,8 @@ def _describe_value(value: ir.Value) -> None:
     value.metadata_props.clear()
 
 
-def _complete_names(model: ir.Model) -> None:
-    """Fill in missing names, and make shared ones different; those that are there and unique stay."""
+def complete_names(model: ir.Model) -> None:
+    """Fill in missing names, and make shared ones different; those that are there and unique stay. In place."""
     taken = {value.name or "" for graph in graphs(model) for value in (*graph.inputs, *graph.outputs)}
     taken |= {name for graph in model.graphs() for name in graph.initializers}
     labels: set[str] = set()

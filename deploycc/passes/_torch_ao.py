@@ -6,6 +6,8 @@ Everything that decides numbers is ours: activation ranges come from `_ranges`, 
 
 from __future__ import annotations
 
+import copy
+import operator
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from torch.ao.quantization import (
     ObserverBase,
     PerChannelMinMaxObserver,
@@ -29,6 +32,9 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from deploycc.passes._ranges import Histogram, choose
 
 LEVELS = 256
+SCALAR_OPERATORS = (operator.add, operator.mul, torch.add, torch.mul)
+# What a dynamic linear layer looks at: from 4 on it takes a bit from the activations against saturation, which our weights prevent.
+WITHOUT_REDUCE_RANGE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ class ActivationObserver(ObserverBase):
         self.tensor = ""  # what it observes, for messages
         self.histogram = Histogram(keep_counts=calibration.method not in ("minmax", "moving-average"))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Take `x` in. Raises ValueError naming the tensor when it holds NaN or Inf."""
         if self.ceiling is not None:
             x = x.clamp(max=self.ceiling)
@@ -103,7 +109,7 @@ class FixedScales(ObserverBase):
         self.qscheme = torch.per_channel_symmetric if len(scales) > 1 else torch.per_tensor_symmetric
         self.ch_axis = 0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Nothing to see."""
         return x
 
@@ -135,19 +141,41 @@ def prepare(
         dtype=torch.qint8, qscheme=torch.per_channel_symmetric, quant_min=-weight_limit, quant_max=weight_limit
     )
     mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=weight))
-    for operator, observer in _FIXED_QPARAMS_OP_TO_OBSERVER.items():  # sigmoid, softmax, …: their output range is known
-        mapping.set_object_type(operator, QConfig(activation=observer, weight=default_weight_observer))
+    for kind, observer in _FIXED_QPARAMS_OP_TO_OBSERVER.items():  # sigmoid, softmax, …: their output range is known
+        mapping.set_object_type(kind, QConfig(activation=observer, weight=default_weight_observer))
+    mapping.set_object_type(torch.matmul, None)  # PyTorch's quantized matmul converts to float and back
     for name, recipe in recipes.items():
         mapping.set_module_name(name, QConfig(activation=_activation(calibration, recipe), weight=_fixed(recipe.scales)))
     for name in in_float:
         mapping.set_module_name(name, None)
     with quiet():
         prepared = prepare_fx(graph, mapping, example)
+    _part_scalar_operators(prepared)
     for node in prepared.graph.nodes:
         observer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(observer, ActivationObserver):
             observer.tensor = str(node.args[0])
     return prepared
+
+
+def _part_scalar_operators(prepared: fx.GraphModule) -> None:
+    """Give the result of x + c and c·x an observer of its own.
+
+    FX lets it share the input's, which then sees both ranges: 8·x would cost x three of its bits. The integer operator takes its
+    result's scale from its input and the constant, so what the new observer finds is not used.
+    """
+    for node in prepared.graph.nodes:
+        tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        if node.target not in SCALAR_OPERATORS or len(tensors) != 1 or tensors[0].op != "call_module":
+            continue
+        shared = prepared.get_submodule(str(tensors[0].target))
+        own = copy.deepcopy(shared)
+        waiting = [node]
+        while waiting:  # pooling and reshaping share it on
+            for user in waiting.pop().users:
+                if user.op == "call_module" and prepared.get_submodule(str(user.target)) is shared:
+                    prepared.set_submodule(str(user.target), own)
+                    waiting += user.users
 
 
 def _activation(calibration: Calibration, recipe: Recipe) -> _PartialWrapper:
@@ -163,7 +191,11 @@ def _fixed(scales: np.ndarray) -> _PartialWrapper:
 def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     """Replace observed operators by integer ones (`prepared` is used up); packs weights for the current engine."""
     with quiet():
-        return convert_fx(prepared)
+        model = convert_fx(prepared)
+    for module in model.modules():
+        if isinstance(module, DynamicLinear):
+            module.version = WITHOUT_REDUCE_RANGE
+    return model
 
 
 def weighted(prepared: fx.GraphModule, name: str) -> nn.Module:

@@ -79,14 +79,16 @@ def _apply_signature(model: ir.Model, signature: Signature) -> None:
 
     names: dict[str, str] = {}
     values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
-    for spec in signature.inputs:
+    free = {dim for spec in signature.inputs for dim in spec.shape if isinstance(dim, str)}
+    for spec in (*signature.inputs, *signature.outputs):
         shape = values[spec.name].shape if spec.name in values else None
-        for axis, want in enumerate(spec.shape if shape is not None and len(shape) == len(spec.shape) else ()):
-            have = shape[axis] if shape is not None else None
-            if isinstance(want, str) and isinstance(have, int):
-                raise _frozen(want, have, f"axis {axis} of input '{spec.name}' came out as {have}")
-            if isinstance(want, str) and isinstance(have, ir.SymbolicDim) and have.value:
-                names[have.value] = want
+        if shape is None or len(shape) != len(spec.shape):
+            continue
+        for axis, (want, have) in enumerate(zip(spec.shape, shape, strict=True)):
+            if want in free and isinstance(have, int):
+                raise _frozen(str(want), have, f"axis {axis} of '{spec.name}' came out as {have}")
+            if want in free and isinstance(have, ir.SymbolicDim) and have.value:
+                names.setdefault(have.value, str(want))
     for value in (value for graph in model.graphs() for node in graph for value in node.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])

@@ -126,9 +126,9 @@ def _moved(conv: Any, pads: tuple[tuple[int, int], ...], size: tuple[int, int] |
     before = tuple(low + pad for (low, _), pad in zip(pads, conv.padding, strict=True))
     reach = tuple(step * (taps - 1) for step, taps in zip(conv.dilation, conv.kernel_size, strict=True))
     same = tuple((n + 2 * low - far - 1) // s + 1 for n, low, far, s in zip(size, before, reach, conv.stride, strict=True)) == out
-    centered = all(2 * low == far for low, far in zip(before, reach, strict=True))
+    square = len(set(conv.kernel_size)) == 1 and all(2 * low == far for low, far in zip(before, reach, strict=True))
     depthwise = conv.groups > 1 and conv.groups == conv.in_channels
-    if same and (centered or not depthwise):
+    if same and (square or not depthwise):
         return _copied(conv, conv.kernel_size, before, (0, 0))
     margin = max(max(low, far - low) for low, far in zip(before, reach, strict=True))
     ceiling = tuple(-(-n // s) for n, s in zip(size, conv.stride, strict=True))
@@ -137,7 +137,7 @@ def _moved(conv: Any, pads: tuple[tuple[int, int], ...], size: tuple[int, int] |
     return _copied(conv, (2 * margin + 1,) * 2, (margin,) * 2, (margin - before[0], margin - before[1]))
 
 
-def _copied(conv: Any, kernel: tuple[int, ...], padding: tuple[int, ...], offset: tuple[int, int]) -> nn.Conv2d:
+def _copied(conv: Any, kernel: Any, padding: Any, offset: tuple[int, int]) -> nn.Conv2d:
     """`conv` with that kernel size and padding, its taps from `offset` on."""
     import torch
     from torch import nn
@@ -145,7 +145,7 @@ def _copied(conv: Any, kernel: tuple[int, ...], padding: tuple[int, ...], offset
     weight: torch.Tensor = conv.weight.detach()
     new = nn.Conv2d(
         conv.in_channels, conv.out_channels, kernel, conv.stride, padding, conv.dilation, conv.groups, bias=conv.bias is not None
-    )  # type: ignore[arg-type]
+    )
     grown = torch.zeros(*weight.shape[:2], *kernel, dtype=weight.dtype)
     grown[:, :, offset[0] : offset[0] + weight.shape[2], offset[1] : offset[1] + weight.shape[3]] = weight
     new.weight = nn.Parameter(grown, requires_grad=False)

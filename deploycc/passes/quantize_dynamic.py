@@ -82,9 +82,11 @@ class QuantizeDynamic(Pass):
         import onnx_ir.passes.common as common
 
         from deploycc.forms.onnx import clone
+        from deploycc.passes._tidy import complete_names
 
         quant = context.target.quant
         model = clone(artifact.model)
+        complete_names(model)
         left = [(f"{node.name} ({node.op_type})", reason) for node in model.graph if (reason := self._obstacle(node))]
         left += _inside_subgraphs(model)
         products = [node for node in model.graph if _is_product(node) and not self._obstacle(node)]

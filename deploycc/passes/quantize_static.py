@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from deploycc.passes._placement import Placement
-    from deploycc.passes._ranges import Histogram
+    from deploycc.passes._ranges import Histogram, Mean
 
 LEAST_OPSET = 13  # DequantizeLinear gained `axis` (per-channel scales)
 
@@ -36,6 +36,8 @@ class QuantizeStatic(Pass):
         calibration: how activation ranges are chosen; none = as the target says.
         percentile: share of values that percentile calibration keeps on each side, in percent.
         clip_weights: choose each weight scale by least squared error instead of by the largest weight.
+        keep_sums: round kernels over few channels so that the sum of their taps survives.
+        correct_bias: take the mean error that rounding the weights makes out of the biases.
         skip: names of operators to leave in float.
     """
 
@@ -47,6 +49,8 @@ class QuantizeStatic(Pass):
     calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy"] | None = None
     percentile: float = 99.99
     clip_weights: bool = True
+    keep_sums: bool = True
+    correct_bias: bool = True
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -86,10 +90,11 @@ class QuantizeStatic(Pass):
             reasons = "; ".join(f"{node}: {reason}" for node, reason in placement.left_float[:3]) or "it has no Conv, Gemm or MatMul"
             raise NothingToDo(f"quantize-static finds nothing to quantize ({reasons})", fix="use quantize-dynamic, or leave it out")
         method = self.calibration or quant.calibration
-        histograms = self._calibrate(model, placement, artifact, context, method)
+        histograms, means = self._calibrate(model, placement, artifact, context, method)
         levels = 256 if quant.activations in ("uint8", "int8") else 65536
         scales = {name: _qdq.activation_scale(*self._range(method, item, levels), quant) for name, item in histograms.items()}
-        _qdq.Writer(model.graph, placement, scales, quant, clip_weights=self.clip_weights).write()
+        how = _qdq.How(self.clip_weights, self.keep_sums, self.correct_bias)
+        _qdq.Writer(model.graph, placement, scales, means, quant, how).write()
         _clean(model)
         info = QuantInfo(
             method="static",
@@ -113,28 +118,40 @@ class QuantizeStatic(Pass):
 
         return choose(method, histogram, levels=levels, percent=self.percentile)
 
-    def _calibrate(self, model: ir.Model, placement: Placement, artifact: Artifact, context: Context, method: str) -> dict[str, Histogram]:
-        """Run the float graph over the calibration samples, keeping one histogram per range."""
-        from deploycc.passes._ranges import Histogram
+    def _calibrate(
+        self, model: ir.Model, placement: Placement, artifact: Artifact, context: Context, method: str
+    ) -> tuple[dict[str, Histogram], dict[str, np.ndarray]]:
+        """Run the float graph over the calibration samples: a histogram per range, the channel means of what heavy operators read."""
+        from deploycc.passes._placement import weighted_inputs
+        from deploycc.passes._ranges import Histogram, Mean
 
-        leaders = list(dict.fromkeys(placement.leaders.values()))
-        histograms = {name: Histogram(keep_counts=method not in ("minmax", "moving-average")) for name in leaders}
+        histograms = {name: Histogram(keep_counts=method not in ("minmax", "moving-average")) for name in placement.leaders.values()}
+        means = {name: Mean(axis) for name, axis in weighted_inputs(model.graph, placement).items()} if self.correct_bias else {}
+        names = list(dict.fromkeys([*histograms, *means]))
         total = len(context.data.part("calibration"))
-        run = _tapped(model, leaders)
+        run = _tapped(model, names)
         for done, feeds in enumerate(context.data.calibration(artifact), 1):
             artifact.signature.check(feeds)
-            for name, values in zip(leaders, run(feeds), strict=True):
-                if values.size == 0:
-                    continue
+            for name, values in zip(names, run(feeds), strict=True):
                 try:
-                    histograms[name].add(values)
+                    _take(values, histograms.get(name), means.get(name))
                 except ValueError:
                     raise DataError(
                         f"calibration sample {done} of {total} makes tensor '{name}' NaN or Inf",
                         fix="check the sample and the model in float; remove the sample if it is damaged",
                     ) from None
             context.progress("calibration", done, total)
-        return histograms
+        return histograms, {name: mean.value for name, mean in means.items()}
+
+
+def _take(values: np.ndarray, histogram: Histogram | None, mean: Mean | None) -> None:
+    """Add one call's tensor to its statistics. Raises ValueError for NaN or Inf."""
+    if values.size == 0:
+        return
+    if histogram is not None:
+        histogram.add(values)
+    if mean is not None:
+        mean.add(values)
 
 
 def _tapped(model: ir.Model, names: list[str]) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -37,6 +37,7 @@ from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import LOSSY, Context, Pass
 from deploycc.errors import DataError, NothingToDo, PreconditionError
 from deploycc.passes import _engines
+from deploycc.passes._rounding import quantized_weight
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from deploycc.passes._torch_ao import Recipe
 
 FULL, REDUCED = 127, 63
+SMALLEST_DYNAMIC_RANGE = 0.1  # PyTorch cuts dynamic scales off below 6.1e-5, which is a range of 0.008
 FEW_CHANNELS = 4  # a kernel over at most so many input channels sees much the same value at every tap
 
 
@@ -118,30 +120,31 @@ class QuantizeTorch(Pass):
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Trace, plan, calibrate, convert."""
-        from deploycc.forms.module import example_tensors
-        from deploycc.passes import _fx, _torch_ao
+        from deploycc.forms.module import example_sizes, example_tensors
+        from deploycc.passes import _fx, _fx_layers, _torch_ao
         from deploycc.runtime.sessions.torchscript import using_engine
 
         quant, engine = context.target.quant, context.target.backend
         method = self.calibration or quant.calibration
         graph = _fx.modules_for_functions(_fx.trace(copy.deepcopy(artifact.model), artifact.signature))
-        _require_folded(graph)
-        ceilings = _clips_to_relu(graph)
+        _fx_layers.require_folded(graph)
+        ceilings = _fx_layers.clips_to_relu(graph)
         most = REDUCED if quant.reduce_range else FULL
-        plan = self._plan(graph, engine, ceilings, most, per_channel=quant.per_channel)
+        dynamic = _dynamic_layers(graph, artifact, context)
+        plan = self._plan(graph, engine, ceilings, dynamic, most, per_channel=quant.per_channel)
         if not plan.recipes:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.in_float.items()) or "no convolution or linear layer"
             raise NothingToDo(f"quantize-torch finds nothing to quantize ({reasons})", fix="leave it out")
         calibration = _torch_ao.Calibration(method, self.percentile, quant.activation_symmetric)
-        example = example_tensors(artifact.signature)
+        example = example_tensors(artifact.signature, example_sizes(artifact.model, artifact.signature.inputs))
         prepared = _torch_ao.prepare(graph, example, calibration, plan.recipes, plan.in_float, most)
         means = _calibrate(prepared, plan.errors if self.correct_bias else (), artifact, context)
         for name, mean in means.items():
             _correct_bias(_torch_ao.weighted(prepared, name), plan.errors[name], mean)
         with using_engine(engine):
             model = _torch_ao.convert(prepared)
-        model.quantized_engine = engine
-        left = _left_float(model, artifact, plan.in_float)
+        vars(model)["quantized_engine"] = engine  # the backend refuses another one
+        left = _left_float(model, example, plan.in_float)
         notes = [f"{len(plan.recipes)} weighted operators for {engine}, ranges from {method} calibration"]
         notes += [f"left in float: {name}: {reason}" for name, reason in left]
         notes += [f"{name} keeps its output in float" for name, recipe in plan.recipes.items() if recipe.dynamic]
@@ -162,16 +165,25 @@ class QuantizeTorch(Pass):
         """The other ways to choose ranges, cheap to dear."""
         return tuple(replace(self, calibration=method) for method in ("mse", "percentile", "entropy") if method != self.calibration)
 
-    def _plan(self, graph: fx.GraphModule, engine: str, ceilings: Mapping[str, float], most: int, *, per_channel: bool) -> Plan:
+    def _plan(
+        self,
+        graph: fx.GraphModule,
+        engine: str,
+        ceilings: Mapping[str, float],
+        dynamic: Collection[str],
+        most: int,
+        *,
+        per_channel: bool,
+    ) -> Plan:
         """Choose weight scales and write the rounded weights into the (copied) modules."""
         import torch
 
+        from deploycc.passes import _fx_layers
         from deploycc.passes._torch_ao import Recipe
 
         plan = Plan()
         pairs = 0
-        outputs = _output_layers(graph)
-        for name, module, conv in _weighted(graph):
+        for name, module, conv in _fx_layers.weighted_modules(graph):
             reason = _engines.slow_reason(engine, conv) if conv else None
             if reason:
                 plan.in_float[name] = reason
@@ -181,10 +193,14 @@ class QuantizeTorch(Pass):
             paired = conv is not None and _engines.adds_pairs(engine, conv)
             kernels = conv is not None and not transposed and weight.shape[1] <= FEW_CHANNELS
             rounded, scales = quantized_weight(
-                weight, most, per_channel=per_channel and not transposed, pairs=paired, keep_sums=self.keep_sums and kernels
+                weight,
+                most,
+                per_channel=per_channel and not transposed,
+                pair_limit=_engines.FBGEMM_PAIR_LIMIT if paired else None,
+                keep_sums=self.keep_sums and kernels,
             )
             module.weight = torch.nn.Parameter(torch.from_numpy(rounded), requires_grad=False)
-            plan.recipes[name] = Recipe(scales, ceilings.get(name), dynamic=name in outputs)
+            plan.recipes[name] = Recipe(scales, ceilings.get(name), dynamic=name in dynamic)
             if not transposed:
                 taps = (weight - rounded).reshape(*weight.shape[:2], -1).sum(axis=2)
                 plan.errors[name] = taps.reshape(conv.groups if conv else 1, -1, weight.shape[1])
@@ -192,120 +208,27 @@ class QuantizeTorch(Pass):
         return replace(plan, pairs=pairs)
 
 
-def quantized_weight(weight: np.ndarray, most: int, *, per_channel: bool, pairs: bool, keep_sums: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Float weights that are whole multiples of their scales, and the scales (one per output channel, axis 0, or a single one).
-
-    Args:
-        weight: (out, in, taps …).
-        most: largest |q|.
-        per_channel: one scale per output channel.
-        pairs: keep |q_2i + q_2i+1| ≤ `_engines.FBGEMM_PAIR_LIMIT` within an output channel, where rounding moves each q by less than 1.
-        keep_sums: see `_rounding`; of each kernel, that is each (out, in).
-    """
-    from deploycc.passes._rounding import round_keeping_sums
-
-    rows = weight.reshape(len(weight), -1).astype(np.float64)
-    scales = np.abs(rows).max(axis=1, initial=0.0) / most
-    if pairs:
-        scales = np.maximum(scales, _engines.pair_peaks(rows) / (_engines.FBGEMM_PAIR_LIMIT - 1))
-    if not per_channel:
-        scales = np.full_like(scales, scales.max(initial=0.0))
-    scales = np.where(scales > 0, scales, 1.0).astype(np.float32).astype(np.float64)
-    steps = np.clip(rows / scales[:, None], -most, most)
-    kernels = steps.reshape(weight.shape[0] * weight.shape[1], -1)
-    codes = round_keeping_sums(kernels, most).reshape(rows.shape) if keep_sums else np.rint(steps)
-    rounded = (codes * scales[:, None]).astype(np.float32).reshape(weight.shape)
-    return rounded, (scales if per_channel else scales[:1]).astype(np.float32)
-
-
-def _output_layers(graph: fx.GraphModule) -> set[str]:
-    """Names of the linear layers whose result is an output of the model and nothing else."""
-    from torch import nn
-
-    return {
-        str(node.target)
-        for node in graph.graph.nodes
-        if node.op == "call_module"
-        and isinstance(graph.get_submodule(str(node.target)), nn.Linear)
-        and all(user.op == "output" for user in node.users)
-    }
-
-
-def _weighted(graph: fx.GraphModule) -> Iterator[tuple[str, Any, _engines.Convolution | None]]:
-    """(name, module, its geometry when it is a convolution) of everything that FX can lower with integer weights."""
-    from torch import nn
-    from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-
-    from deploycc.passes import _fx
-
-    called = _fx.calls(graph)
-    for name, module in graph.named_modules():
-        if name not in called:
-            continue
-        if isinstance(module, _ConvNd) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            transposed = isinstance(module, _ConvTransposeNd)
-            geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
-            yield name, module, _engines.Convolution(module.in_channels, module.out_channels, module.groups, *geometry, transposed)
-        elif isinstance(module, nn.Linear):
-            yield name, module, None
-
-
-def _require_folded(graph: fx.GraphModule) -> None:
-    """Weight scales are chosen here, so batch normalization must be in the weights already. Raises PreconditionError."""
-    from torch import nn
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    for node in graph.graph.nodes:
-        if node.op != "call_module" or not isinstance(graph.get_submodule(str(node.target)), _BatchNorm):
-            continue
-        source = node.args[0]
-        if source.op == "call_module" and isinstance(graph.get_submodule(str(source.target)), nn.modules.conv._ConvNd | nn.Linear):
-            raise PreconditionError(
-                f"batch normalization '{node.target}' after '{source.target}' is not folded into its weights",
-                fix="put 'fold-batchnorm' before quantize-torch",
-            )
-
-
-def _clips_to_relu(graph: fx.GraphModule) -> dict[str, float]:
-    """Replace clips to [0, c] right after a convolution or linear layer by ReLU; returns c by that layer's name."""
-    from torch import nn
-
-    from deploycc.passes import _fx
-
-    called = _fx.calls(graph)
-    ceilings: dict[str, float] = {}
-    for node in list(graph.graph.nodes):
-        ceiling = _ceiling(graph, node)
-        source = node.args[0] if ceiling is not None else None
-        if ceiling is None or source is None or source.op != "call_module" or called[str(source.target)] != 1 or len(source.users) != 1:
-            continue
-        layer = graph.get_submodule(str(source.target))
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):  # FX fuses no ReLU into a transposed convolution
-            node.args, node.kwargs = (source,), {}
-            _fx.replace_node(graph, node, nn.ReLU(), f"{source.target}_relu")
-            ceilings[str(source.target)] = ceiling
-    graph.recompile()
-    return ceilings
-
-
-def _ceiling(graph: fx.GraphModule, node: fx.Node) -> float | None:
-    """c, when `node` computes min(max(x, 0), c)."""
+def _dynamic_layers(graph: fx.GraphModule, artifact: Artifact, context: Context) -> set[str]:
+    """Linear layers that make an output and whose input, for the first calibration sample, is not too small for a dynamic scale."""
     import torch
-    import torch.nn.functional as F
-    from torch import nn
 
-    if node.op == "call_module":
-        module = graph.get_submodule(str(node.target))
-        return float(module.max_val) if isinstance(module, nn.Hardtanh) and module.min_val == 0 else None
-    if node.op == "call_function" and node.target is F.relu6:
-        return 6.0
-    clamp = node.target in (torch.clamp, torch.clip, F.hardtanh) if node.op == "call_function" else node.target in ("clamp", "clip")
-    if node.op not in ("call_function", "call_method") or not clamp:
-        return None
-    names = ("input", "min_val", "max_val") if node.target is F.hardtanh else ("input", "min", "max")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    low, high = given.get(names[1]), given.get(names[2])
-    return float(high) if low == 0 and isinstance(high, int | float) and high > 0 else None
+    from deploycc.passes import _fx_layers
+
+    large: set[str] = set()
+
+    def watch(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if float(inputs[0].max() - inputs[0].min()) > SMALLEST_DYNAMIC_RANGE:
+            large.add(name)
+
+    names = _fx_layers.output_layers(graph)
+    hooks = [graph.get_submodule(name).register_forward_pre_hook(partial(watch, name)) for name in names]
+    feeds = next(iter(context.data.calibration(artifact)))
+    artifact.signature.check(feeds)
+    with torch.inference_mode():
+        graph(*(torch.from_numpy(feeds[spec.name].copy()) for spec in artifact.signature.inputs))
+    for hook in hooks:
+        hook.remove()
+    return large
 
 
 def _calibrate(prepared: fx.GraphModule, watched: Collection[str], artifact: Artifact, context: Context) -> dict[str, np.ndarray]:
@@ -331,7 +254,7 @@ def _calibrate(prepared: fx.GraphModule, watched: Collection[str], artifact: Art
         for done, feeds in enumerate(context.data.calibration(artifact), 1):
             artifact.signature.check(feeds)
             try:
-                prepared(*(torch.from_numpy(feeds[name]) for name in names))
+                prepared(*(torch.from_numpy(feeds[name].copy()) for name in names))
             except ValueError as error:
                 raise DataError(
                     f"calibration sample {done} of {total} makes tensor '{error}' NaN or Inf",
@@ -358,10 +281,10 @@ def _correct_bias(layer: Any, errors: np.ndarray, mean: np.ndarray) -> None:
     layer.bias = torch.nn.Parameter(torch.from_numpy((old + shift).astype(np.float32)), requires_grad=False)
 
 
-def _left_float(model: nn.Module, artifact: Artifact, in_float: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+def _left_float(model: nn.Module, example: tuple[torch.Tensor, ...], in_float: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """(operator, reason) for every heavy operator of the converted model that computes in float."""
     from deploycc.forms._torch_macs import operator_macs
 
     unsupported = "PyTorch's FX quantization has no integer kernel for it"
-    operators = operator_macs(model, artifact.signature) or ()
+    operators = operator_macs(model, example) or ()
     return tuple((item.where, in_float.get(item.where, unsupported)) for item in operators if not item.integer)

@@ -6,7 +6,7 @@ import pytest
 
 from deploycc.core.artifact import Artifact, Form, Signature, TensorSpec
 from deploycc.core.contract import Dataset, Sample
-from deploycc.core.data import Data, Part, batch_size, batches, check_labels, match_classes, to_feeds
+from deploycc.core.data import Data, Part, batch_size, batches, check_labels, match_classes, paired_batches, to_feeds
 from deploycc.errors import DataError, DataNeeded
 from deploycc.runtime.transform import Transform
 
@@ -227,3 +227,21 @@ def test_class_names_that_the_model_does_not_know_are_refused(names: tuple):
     with pytest.raises(DataError, match=f"the model does not know {names[1]}") as caught:
         match_classes(Dataset("d", {"all": Rows(2)}, classes=names), CLASSES)
     assert "0 to 4" in caught.value.fix
+
+
+def test_calibration_samples_judge_when_nothing_else_does_and_it_is_said():
+    data = Data(None, Dataset("c", {"all": Rows(7)}))
+    assert values(data.part("validation")) == values(data.part("calibration"))
+    assert "judge the model too" in data.notes[0]
+
+
+def test_paired_batches_hold_the_same_samples():
+    part = Part(Rows(3), range(3))
+    same = list(paired_batches(part, model(), model()))
+    assert all(first is second for first, second in same)
+    wide = model(TensorSpec("x", "float64", (1, 3)))
+    pairs = list(paired_batches(part, model(), wide))
+    assert [(first.ids, second.ids) for first, second in pairs] == [((f"row {index}",),) * 2 for index in range(3)]
+    assert [second.feeds["x"].dtype for _, second in pairs] == [np.float64] * 3
+    with pytest.raises(DataError, match="one takes 1 samples a call, the other 4"):
+        list(paired_batches(part, model(), model(TensorSpec("x", "float32", (4, 3)))))

@@ -71,6 +71,15 @@ def test_sub_graphs_are_counted_once():
     assert FORM.operators(ir.from_onnx_text(BRANCH)) == ["If", "Mul", "Neg"]
 
 
+def test_a_model_with_functions():
+    text = """<ir_version: 9, opset_import: ["": 20, "own": 1]> main (float[2] x) => (float[2] y) { y = own.twice(x) }
+    <opset_import: ["": 20], domain: "own"> twice (a) => (b) { b = Add(a, a) }"""
+    made = artifact(ir.from_onnx_text(text))
+    assert FORM.stats(made).parameters == 0
+    assert FORM.digest(made.model) == FORM.digest(ir.from_onnx_text(text))
+    assert FORM.digest(made.model) != FORM.digest(ir.from_onnx_text(text.replace("Add(a, a)", "Mul(a, a)")))
+
+
 def test_the_digest_is_of_nodes_and_weights():
     base, weight, attribute = net(), net(), net()
     array = np.array(weight.graph.initializers["fc"].const_value.numpy())

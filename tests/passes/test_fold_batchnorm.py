@@ -258,16 +258,18 @@ NORM = {"g": (6,), "h": (6,), "m": (6,), "v": (6,)}
 @pytest.mark.parametrize(
     ("body", "shapes", "left"),
     [
-        ("(float[1,4,8,8] x) => (float[1,6,6,6] y) { c = Conv(x, w) y = BatchNormalization(c, g, h, m, v) }", {"w": (6, 4, 3, 3)}, ["Conv"]),
         (
-            "(float[1,4,8,8] x) => (float[1,6,6,6] y)"
-            " { c = Conv<group=2>(x, w, b) y = BatchNormalization<epsilon=0.1>(c, g, h, m, v) }",
+            "(float[1,4,8,8] x) => (float[1,6,6,6] y) { c = Conv(x, w) y = BatchNormalization(c, g, h, m, v) }",
+            {"w": (6, 4, 3, 3)},
+            ["Conv"],
+        ),
+        (
+            "(float[1,4,8,8] x) => (float[1,6,6,6] y) { c = Conv<group=2>(x, w, b) y = BatchNormalization<epsilon=0.1>(c, g, h, m, v) }",
             {"w": (6, 2, 3, 3), "b": (6,)},
             ["Conv"],
         ),
         (
-            "(float[1,4,8,8] x) => (float[1,6,10,10] y)"
-            " { c = ConvTranspose<group=2>(x, w, b) y = BatchNormalization(c, g, h, m, v) }",
+            "(float[1,4,8,8] x) => (float[1,6,10,10] y) { c = ConvTranspose<group=2>(x, w, b) y = BatchNormalization(c, g, h, m, v) }",
             {"w": (4, 3, 3, 3), "b": (6,)},
             ["ConvTranspose"],
         ),

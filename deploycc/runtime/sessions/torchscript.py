@@ -126,8 +126,8 @@ class TorchScriptSession:
             _set_engine(torch, self._engine)
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            found = self._loaded(*(torch.from_numpy(feeds[name]) for name in self._inputs))
+        with torch.inference_mode():  # on copies: a model may work in place on its input
+            found = self._loaded(*(torch.from_numpy(feeds[name].copy()) for name in self._inputs))
         return dict(zip(self._outputs, (value.numpy() for value in _flat(found)), strict=True))
 
     def synchronize(self) -> None:
