@@ -38,7 +38,7 @@ TargetName = Annotated[str, typer.Option("--target", "-t", help="Name of a targe
 DataText = Annotated[str | None, typer.Option("--data", "-d", help=DATA_HELP)]
 CalibrationText = Annotated[str | None, typer.Option("--calibration", help="Data for calibration only; no labels needed.")]
 Passes = Annotated[str | None, typer.Option(help='A whole pipeline, or edits of the target\'s: "+fold-normalize, -fold-batchnorm".')]
-Metric = Annotated[str, typer.Option(help="auto, top1, top5, f1, mse, agreement or sqnr_db.")]
+Metric = Annotated[str, typer.Option(help="auto, top1, top5, f1, mse, agreement or sqnr.")]
 MaxDrop = Annotated[float | None, typer.Option(help="Largest drop of the metric, 0 to 1 (default: the target's, 0.01).")]
 MaxLatency = Annotated[str | None, typer.Option(help="Limit on p95: 5ms.")]
 MaxSize = Annotated[str | None, typer.Option(help="Limit on the model's files: 4MB.")]
@@ -54,9 +54,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout,
 def main() -> None:
     """Entry point: errors become messages and exit statuses."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        status = app(standalone_mode=False)  # what typer.Exit carried, or the command's own None
+        sys.exit(status if isinstance(status, int) else 0)
     except DeployError as error:
         _complain(error)
         sys.exit(error.exit_status)

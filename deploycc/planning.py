@@ -129,6 +129,8 @@ def resolve_target(options: Options) -> Target:
     else:
         target = targets.automatic() if options.target == "auto" else targets.load(options.target)
     asked = {"accuracy_drop": options.max_drop, "latency_p95_ms": options.max_latency_ms, "model_mb": options.max_size_mb}
+    if options.max_drop is not None and not 0 <= options.max_drop <= 1:
+        raise UsageError(f"--max-drop is {options.max_drop:g}", fix="give a share from 0 to 1: 0.01 is one point")
     limits = target.limits.model_copy(update={key: value for key, value in asked.items() if value is not None})
     bench = target.bench.model_copy(update={"threads": options.threads} if options.threads else {})
     return target.model_copy(update={"limits": limits, "bench": bench})

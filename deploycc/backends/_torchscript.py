@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib
 import io
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,6 +24,7 @@ from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, Violation
 from deploycc.core.target import Target
 from deploycc.errors import UnsupportedError
+from deploycc.runtime.machine import cpu_arch, cpu_flags
 
 if TYPE_CHECKING:
     import torch
@@ -46,16 +47,12 @@ class TorchScriptBackend:
 
     def available(self) -> Availability:
         """Whether PyTorch is installed and has the engine on this CPU."""
-        if find_spec("torch") is None:
-            return Availability(None, "the package torch is not installed", "pip install torch")
-        try:
-            import torch
+        from deploycc.runtime.sessions.torchscript import version
 
-            engines = torch.backends.quantized.supported_engines
-            installed = version("torch")
-        except (ImportError, OSError, PackageNotFoundError) as error:
-            return Availability(None, f"torch does not import: {error}", "pip install --force-reinstall torch")
-        if self.name not in engines:
+        installed = version()
+        if installed is None:
+            return Availability(None, "the package torch is not installed", "pip install torch")
+        if self.name not in (engines := _engines()):
             return Availability(None, f"PyTorch {installed} has the engines {', '.join(engines)} on this CPU, not {self.name}", "")
         return Availability(installed)
 
@@ -111,6 +108,14 @@ class TorchScriptBackend:
                     "input: forward() branches on a tensor's value",
                     fix="take the branch out of forward() (torch.where computes both sides), or use an ONNX target",
                 )
+
+
+def _engines() -> Sequence[str]:
+    """PyTorch's integer engines here; from the CPU alone while torch is not imported, because importing it takes seconds."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return torch.backends.quantized.supported_engines
+    return ("qnnpack", "fbgemm") if cpu_arch() == "x86_64" and "avx2" in cpu_flags() else ("qnnpack",)
 
 
 def _distance(want: np.ndarray, got: np.ndarray) -> float:

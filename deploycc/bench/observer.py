@@ -39,7 +39,11 @@ class Latency:
             if session is None:
                 return receipt
             with session:
-                found = time_interleaved({"": lambda index: session.run(feeds[0])}, min_seconds=SECONDS, min_runs=RUNS, warmup_seconds=WARMUP_SECONDS)
+
+                def call(index: int) -> object:
+                    return session.run(feeds[0])
+
+                found = time_interleaved({"": call}, min_seconds=SECONDS, min_runs=RUNS, warmup_seconds=WARMUP_SECONDS)
         summary = summarize(found[""])
         return replace(receipt, latency_ms=(summary.p50, summary.low, summary.high))
 

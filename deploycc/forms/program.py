@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from deploycc.core.artifact import Artifact, ModelStats
 from deploycc.errors import SourceError
-from deploycc.forms._pt2 import check_archive
+from deploycc.forms._pt2 import screen
 from deploycc.forms.module import ModuleForm, ModuleSession
 
 if TYPE_CHECKING:
@@ -63,14 +63,23 @@ class ProgramForm:
 
 
 def read(path: Path) -> ExportedProgram:
-    """A .pt2 file, refused when reading it could run code. Raises SourceError."""
+    """A .pt2 file, screened first: refused when reading it could run code. Raises SourceError."""
     import torch
+    from torch.export.pt2_archive._package import load_pt2  # torch.export.load falls back to unpickling an older format
 
-    check_archive(path)
+    if not path.is_file():
+        raise SourceError(f"there is no file {path}", fix="correct the path")
+    if path.stat().st_size == 0:
+        raise SourceError(f"{path} is empty", fix="export it again")
     try:
-        return torch.export.load(path)
-    except Exception as cause:
+        screen(path)
+    except RuntimeError as error:  # PyTorch's reader: not a zip file, or its end is missing
+        reason = str(error).split(". ")[0]
+        raise SourceError(f"{path} is truncated or not a .pt2 file: {reason}", fix="download or export it again") from error
+    try:
+        return load_pt2(str(path)).exported_programs["model"]
+    except Exception as error:
         raise SourceError(
-            f"{path} does not load with PyTorch {torch.__version__}: {type(cause).__name__}: {cause}",
-            fix="export the model again with the PyTorch that is installed here",
-        ) from cause
+            f"PyTorch {torch.__version__} cannot load {path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            fix="export it again with this version of PyTorch; what it was written with is in the error above",
+        ) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from deploycc.errors import PreconditionError
@@ -42,6 +43,19 @@ def weighted_modules(graph: fx.GraphModule) -> Iterator[tuple[str, Any, _engines
             yield name, module, None
 
 
+def part_shared(graph: fx.GraphModule) -> None:
+    """Give every call of a layer a layer of its own: FX would give them one output scale, the first call's."""
+    seen: set[str] = set()
+    for node in list(graph.graph.nodes):
+        layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if layer is None or not list(layer.parameters(recurse=False)):
+            continue
+        if node.target in seen:
+            node.target = _fx.add_module(graph, f"{node.target}_again", copy.deepcopy(layer))
+        seen.add(str(node.target))
+    graph.recompile()
+
+
 def require_folded(graph: fx.GraphModule) -> None:
     """Weight scales are chosen here, so batch normalization must be in the weights already. Raises PreconditionError."""
     from torch import nn
@@ -58,8 +72,17 @@ def require_folded(graph: fx.GraphModule) -> None:
             )
 
 
-def clips_to_relu(graph: fx.GraphModule) -> dict[str, float]:
-    """Replace clips to [0, c] right after a convolution or linear layer by ReLU; returns c by that layer's name."""
+def slow_layers(graph: fx.GraphModule, engine: str) -> dict[str, str]:
+    """The convolutions for which `engine` has no fast integer kernel, and why."""
+    reasons = {name: _engines.slow_reason(engine, conv) for name, _, conv in weighted_modules(graph) if conv is not None}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def clips_to_relu(graph: fx.GraphModule, spared: Collection[str]) -> dict[str, float]:
+    """Replace clips to [0, c] right after a layer that will saturate by itself by ReLU; returns c by that layer's name.
+
+    The layers named in `spared` stay in float and keep their clip.
+    """
     from torch import nn
 
     called = _fx.calls(graph)
@@ -70,7 +93,9 @@ def clips_to_relu(graph: fx.GraphModule) -> dict[str, float]:
         if ceiling is None or source is None or source.op != "call_module" or called[str(source.target)] != 1 or len(source.users) != 1:
             continue
         layer = graph.get_submodule(str(source.target))
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):  # FX fuses no ReLU into a transposed convolution
+        if source.target not in spared and isinstance(
+            layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+        ):  # FX fuses no ReLU into a transposed convolution
             node.args, node.kwargs = (source,), {}
             _fx.replace_node(graph, node, nn.ReLU(), f"{source.target}_relu")
             ceilings[str(source.target)] = ceiling

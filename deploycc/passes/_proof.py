@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploycc.core.artifact import Artifact, Drift, Outputs
+from deploycc.core.artifact import Artifact, Drift, Feeds, Outputs
 from deploycc.core.compare import drift
 from deploycc.core.registry import FORMS
 from deploycc.errors import DeployError, PostconditionError
@@ -19,19 +18,20 @@ if TYPE_CHECKING:
 THREADS = 1
 
 
-def prove_close(name: str, before: Artifact, after: Artifact, tolerance: float) -> None:
+def prove_close(name: str, before: Artifact, after: Artifact, tolerance: float, feeds: tuple[Feeds, Feeds] | None = None) -> None:
     """Raise PostconditionError when the pass `name` moved the outputs by more than `tolerance` of the largest one.
 
-    Where `before` itself does not run on the made-up input (a named axis may not take the size 2) there is nothing to compare with.
+    `feeds` are those of `before` and of `after` where the pass changed the input; random ones for both otherwise. Where `before`
+    itself does not run on the made-up input (a named axis may not take the size 2) there is nothing to compare with.
     """
-    feeds = example_feeds(before.signature)
+    given, same = feeds or (example_feeds(before.signature),) * 2
     with open_session(before) as session:
         try:
-            want = session.run(feeds)
+            want = session.run(given)
         except Exception:  # noqa: BLE001  the input is made up: that a model refuses it says nothing about the pass
             return
     with open_session(after) as session:
-        found = compare(want, session.run(feeds))
+        found = compare(want, session.run(same))
     if found.relative > tolerance:
         raise PostconditionError(
             f"{name} moved the outputs by {found.relative:.3g} of the largest one (allowed {tolerance:g}) on random input",
@@ -55,7 +55,7 @@ def compare(want: Outputs, got: Outputs) -> Drift:
     return drift([{name: value[same[name]] for name, value in want.items()}], [{name: value[same[name]] for name, value in got.items()}])
 
 
-def try_run(session: Session, feeds: Mapping[str, np.ndarray]) -> Outputs | str:
+def try_run(session: Session, feeds: Feeds) -> Outputs | str:
     """The outputs, or the first line of why it does not run."""
     try:
         return session.run(feeds)

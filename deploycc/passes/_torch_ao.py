@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from deploycc.passes._ranges import Histogram, choose
 
 LEVELS = 256
+# What stays in float: PyTorch's quantized matmul converts to float and back; a clip that is not fused would spend bits on the range
+# before it, and QNNPACK's is wrong for channels-last tensors (PyTorch 2.13), which convolutions make.
+IN_FLOAT: tuple[Any, ...] = (torch.matmul, torch.clamp, "clamp", nn.ReLU6, nn.Hardtanh, nn.functional.relu6, nn.functional.hardtanh)
 SCALAR_OPERATORS = (operator.add, operator.mul, torch.add, torch.mul)
 # What a dynamic linear layer looks at: from 4 on it takes a bit from the activations against saturation, which our weights prevent.
 WITHOUT_REDUCE_RANGE = 3
@@ -143,7 +147,8 @@ def prepare(
     mapping = QConfigMapping().set_global(QConfig(activation=activation, weight=weight))
     for kind, observer in _FIXED_QPARAMS_OP_TO_OBSERVER.items():  # sigmoid, softmax, …: their output range is known
         mapping.set_object_type(kind, QConfig(activation=observer, weight=default_weight_observer))
-    mapping.set_object_type(torch.matmul, None)  # PyTorch's quantized matmul converts to float and back
+    for kind in IN_FLOAT:
+        mapping.set_object_type(kind, None)
     for name, recipe in recipes.items():
         mapping.set_module_name(name, QConfig(activation=_activation(calibration, recipe), weight=_fixed(recipe.scales)))
     for name in in_float:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from deploycc.core.contract import Session
 
-TOLERANCE = 1e-3  # float32 with other kernels and another order of sums: 2e-5 is usual, deep attention on random weights is the worst
+TOLERANCE = 1e-3  # float32 with other kernels: 1.2e-6 at worst over 19 torchvision nets; 1e-3 is 60 dB, far below the noise of int8
 OTHER_SIZES = (1, 3, 5)
 PROOFS = 2  # sizes at which a named axis must be seen to work
 
@@ -114,7 +114,7 @@ def _fits(have: ir.Shape | None, want: tuple[int | str, ...]) -> bool:
 def _frozen(axis: str, size: object, seen: str) -> PostconditionError:
     return PostconditionError(
         f"axis '{axis}' should take any size, but the exported graph only takes {size}: {seen}",
-        fix=f"in the model's code use the tensor's size (x.shape[…]) for {axis}, not a constant, or give the axis a fixed size with --input",
+        fix=f"in the model's code use x.shape[…] for {axis} and not a constant, or give the axis a fixed size with --input NAME:SHAPE",
     )
 
 
@@ -149,17 +149,19 @@ def _check(before: Artifact, module: Session, graph: Session, sizes: dict[str, i
     if isinstance(want, str):
         return False
     got = try_run(graph, feeds)
-    where = f" with {axis} = {sizes[axis]}" if axis else ""
+    if isinstance(got, str) and axis:
+        raise _frozen(axis, "the size it was exported with", f"with {sizes[axis]} it fails: {got}")
     if isinstance(got, str):
-        if axis:
-            raise _frozen(axis, "the size it was exported with", f"with {sizes[axis]} it fails: {got}")
         raise PostconditionError(
             f"the exported graph does not run in ONNX Runtime: {got}", fix="export with another runtime.opset in the target, or report it"
         )
     found = compare(want, got)
+    if found.relative > TOLERANCE and axis:
+        seen = f"with {sizes[axis]} its outputs are {found.relative:.3g} of the largest one off the module's"
+        raise _frozen(axis, "the size it was exported with", seen)
     if found.relative > TOLERANCE:
         raise PostconditionError(
-            f"the exported graph's outputs are {found.relative:.3g} of the largest one off the module's{where} (allowed {TOLERANCE:g})",
+            f"the exported graph's outputs are {found.relative:.3g} of the largest one off the module's (allowed {TOLERANCE:g})",
             fix="look for random numbers, in-place writes or Python branches on values in the model's code",
         )
     return True

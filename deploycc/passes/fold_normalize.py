@@ -64,6 +64,25 @@ class FoldNormalize(Pass):
             model, signature=signature(model), transform=replace(transform, dtype="uint8", layout="NHWC"), notes=tuple(notes)
         )
 
+    def ensures(self, before: Artifact, after: Artifact, context: Context) -> None:
+        """Random pictures give the same numbers either way."""
+        from deploycc.passes._proof import prove_close
+
+        if before.transform is None:
+            return
+        spec = after.signature.inputs[0]
+        pixels, values = _example(before.transform, spec.shape)
+        prove_close(self.name, before, after, self.effect.tolerance or 0.0, ({spec.name: values}, {spec.name: pixels}))
+
+
+def _example(transform: Transform, shape: tuple[int | str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Random pictures as bytes N×H×W×C (named axes are 2), and as what the transform makes of them."""
+    size = [dim if isinstance(dim, int) else 2 for dim in shape]
+    pixels = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    mean, std = np.asarray(transform.mean, np.float32), np.asarray(transform.std, np.float32)
+    values = (pixels.astype(np.float32) * np.float32(transform.scale) - mean) / std
+    return pixels, np.ascontiguousarray(values.transpose(0, 3, 1, 2)) if transform.layout == "NCHW" else values
+
 
 def _channel_axis(transform: Transform) -> int:
     return 1 if transform.layout == "NCHW" else 3

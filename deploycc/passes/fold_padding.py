@@ -28,16 +28,24 @@ if TYPE_CHECKING:
     import torch
     from torch import fx, nn
 
-LARGEST_KERNEL = 7  # the largest depthwise kernel that FBGEMM has
-
 
 @dataclass(frozen=True)
 class FoldPadding(Pass):
-    """Padding inside the convolution: fewer copies, and the engines' fast depthwise kernels."""
+    """Padding inside the convolution: fewer copies, and the engines' fast depthwise kernels.
+
+    Attributes:
+        largest_kernel: side of the largest kernel that a depthwise one is embedded in; the largest fast one is 7 in FBGEMM, 5 in QNNPACK.
+    """
 
     name: ClassVar[str] = "fold-padding"
     consumes: ClassVar[frozenset[Form]] = frozenset({Form.MODULE})
     effect: ClassVar = CLOSE(1e-4)
+
+    largest_kernel: int = 7
+
+    def __post_init__(self) -> None:
+        if self.largest_kernel < 1:
+            raise ValueError(f"largest-kernel is {self.largest_kernel}: it must be at least 1")
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Fold every zero padding that can be."""
@@ -64,7 +72,7 @@ class FoldPadding(Pass):
             pads = _zero_padding(graph, source)
             if conv is None or source is None or pads is None or not _is_plain(conv):
                 continue
-            moved = _moved(conv, pads, _size(source.args[0]), _size(node))
+            moved = _moved(conv, pads, _size(source.args[0]), _size(node), self.largest_kernel)
             if moved is None:
                 kept.append(str(node.target))
                 continue
@@ -77,7 +85,8 @@ class FoldPadding(Pass):
             raise NothingToDo(f"fold-padding: {reason}", fix="leave it out")
         notes = [f"{folded} paddings folded into convolutions, {embedded} of them by embedding a depthwise kernel in a larger one"]
         notes += [
-            f"padding kept before {name}: it is not symmetric, and the kernel is dense or would be over {LARGEST_KERNEL}" for name in kept
+            f"padding kept before {name}: it is not symmetric, and the kernel is dense or would be over {self.largest_kernel}"
+            for name in kept
         ]
         return artifact.evolve(_fx.tidy(graph), notes=tuple(notes))
 
@@ -119,7 +128,9 @@ def _size(node: fx.Node) -> tuple[int, int] | None:
     return (int(shape[-2]), int(shape[-1])) if shape is not None and len(shape) == 4 else None
 
 
-def _moved(conv: Any, pads: tuple[tuple[int, int], ...], size: tuple[int, int] | None, out: tuple[int, int] | None) -> nn.Conv2d | None:
+def _moved(
+    conv: Any, pads: tuple[tuple[int, int], ...], size: tuple[int, int] | None, out: tuple[int, int] | None, largest: int
+) -> nn.Conv2d | None:
     """The convolution that pads by itself, or None when there is none with symmetric padding."""
     if size is None or out is None:
         return None
@@ -132,7 +143,7 @@ def _moved(conv: Any, pads: tuple[tuple[int, int], ...], size: tuple[int, int] |
         return _copied(conv, conv.kernel_size, before, (0, 0))
     margin = max(max(low, far - low) for low, far in zip(before, reach, strict=True))
     ceiling = tuple(-(-n // s) for n, s in zip(size, conv.stride, strict=True))
-    if not depthwise or set(conv.dilation) != {1} or 2 * margin + 1 > LARGEST_KERNEL or ceiling != out:
+    if not depthwise or set(conv.dilation) != {1} or 2 * margin + 1 > largest or ceiling != out:
         return _copied(conv, conv.kernel_size, before, (0, 0)) if same else None
     return _copied(conv, (2 * margin + 1,) * 2, (margin,) * 2, (margin - before[0], margin - before[1]))
 

@@ -21,7 +21,8 @@ class TestPass:
         cls = PASSES.get_class(name)
         assert issubclass(cls, Pass)
         assert dataclasses.is_dataclass(cls)
-        assert cls.__dataclass_params__.frozen
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            cls().anything = 1  # type: ignore[attr-defined]
         assert cls.name == name
 
     def test_declares_forms_and_effect(self, name):
@@ -42,7 +43,7 @@ class TestPass:
         assert len(summary(cls)) > 20
         text = pass_manual(name)
         for field in dataclasses.fields(cls):
-            assert f"    {field.name}:" in inspect.getdoc(cls), f"{field.name} is not in the Attributes of {cls.__name__}"
+            assert f"    {field.name}:" in (inspect.getdoc(cls) or ""), f"{field.name} is not in the Attributes of {cls.__name__}"
             assert field.name.replace("_", "-") in text
 
     def test_alternatives_are_other_settings_of_itself(self, name):
@@ -78,7 +79,7 @@ class TestBackend:
         constraints = BACKENDS.get(name).constraints()
         assert constraints
         for constraint in constraints:
-            rule, _, fix = inspect.cleandoc(constraint.__doc__).partition("\n")
+            rule, _, fix = inspect.cleandoc(constraint.__doc__ or "").partition("\n")
             assert rule.endswith(".")
             assert fix.strip()
             assert rule in backend_manual(name)

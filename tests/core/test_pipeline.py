@@ -157,7 +157,13 @@ def test_a_pass_the_user_asked_for_is_never_dropped():
 
 def test_a_lossless_pass_is_inserted_before_the_first_lossy_one():
     edited = Pipeline.parse(TEXT).edit("+fold-normalize", Form.MODULE)
-    assert [step.body.name for step in edited.steps] == ["fold-batchnorm", "export-onnx", "fold-constants", "fold-normalize", "quantize-static"]
+    assert [step.body.name for step in edited.steps] == [
+        "fold-batchnorm",
+        "export-onnx",
+        "fold-constants",
+        "fold-normalize",
+        "quantize-static",
+    ]
     assert [step.asked for step in edited.steps] == [False, False, False, True, False]
 
 
@@ -248,7 +254,9 @@ def test_whatever_decides_the_result_is_in_its_key(context, tmp_path, change):
     if change == "seed":
         context = replace(context, seed=1)
     elif change == "target":
-        context = replace(context, target=context.target.model_copy(update={"quant": context.target.quant.model_copy(update={"per_channel": False})}))
+        context = replace(
+            context, target=context.target.model_copy(update={"quant": context.target.quant.model_copy(update={"per_channel": False})})
+        )
     elif change == "input":
         context = replace(context, reference=artifact(3.0))
     else:

@@ -47,7 +47,11 @@ def test_inherit_reaches_the_targets_that_come_with_deploycc(board):
         (BASE + '[limits]\nlatency_p95_ms = "40"\n', "limits.latency_p95_ms.*got '40'", "edit board.toml"),
         (BASE + "[limits]\naccuracy_drop = 2.0\n", "limits.accuracy_drop.*less than or equal to 1", "edit board.toml"),
         (BASE.replace("onnxruntime", "onxruntime"), r"no backend 'onxruntime' \(did you mean 'onnxruntime'", "edit board.toml"),
-        (BASE.replace("quantize-static", "quantise-static"), r"no pass 'quantise-static' \(did you mean 'quantize-static'", "edit board.toml"),
+        (
+            BASE.replace("quantize-static", "quantise-static"),
+            r"no pass 'quantise-static' \(did you mean 'quantize-static'",
+            "edit board.toml",
+        ),
         (BASE.replace("quantize-static", "quantize-static{"), "never closed", "add }"),
         (BASE.replace("aarch64", "riscv"), "arch", "edit board.toml"),
         (BASE + '[hardware]\nrequires = ["asimddp"]\nlacks = ["asimddp"]\n', "asimddp is both required and lacking", "edit"),

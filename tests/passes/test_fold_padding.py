@@ -21,9 +21,9 @@ def artifact(module, size=(16, 16), channels=8):
     return Artifact(Form.MODULE, module, capture_signature(module, (TensorSpec("x", "float32", (1, channels, *size)),)), "test")
 
 
-def folded(before):
+def folded(before, **options):
     context = Context(targets.load("x86-fbgemm"), before, Data(None), 0, Path())
-    return FoldPadding()(before, context)
+    return FoldPadding(**options)(before, context)
 
 
 def convolutions(model):
@@ -127,6 +127,15 @@ def test_padding_that_others_read_stays_for_them():
 def test_nothing_to_do(net, reason):
     with pytest.raises(NothingToDo, match=reason):
         folded(artifact(net))
+
+
+def test_the_largest_kernel_is_an_option():
+    before = artifact(nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), depthwise(5, 2), nn.ZeroPad2d(1), depthwise(3, 1)))
+    after = folded(before, largest_kernel=5)
+    assert [conv.kernel_size for conv in convolutions(after.model)] == [(5, 5), (3, 3)]
+    assert after.notes[1] == "padding kept before 1: it is not symmetric, and the kernel is dense or would be over 5"
+    with pytest.raises(ValueError, match="largest-kernel is 0"):
+        FoldPadding(largest_kernel=0)
 
 
 def test_a_module_that_is_called_twice_is_left_alone():

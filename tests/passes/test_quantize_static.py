@@ -51,7 +51,14 @@ def residual():
             helper.make_node("Flatten", ["p"], ["f"], "flatten"),
             helper.make_node("Gemm", ["f", "w3", "b3"], ["y"], "gemm", transB=1),
         ],
-        [tensor("w1", 8, 3, 3, 3), tensor("b1", 8), tensor("w2", 8, 8, 3, 3, scale=0.2), tensor("b2", 8), tensor("w3", 5, 8), tensor("b3", 5)],
+        [
+            tensor("w1", 8, 3, 3, 3),
+            tensor("b1", 8),
+            tensor("w2", 8, 8, 3, 3, scale=0.2),
+            tensor("b2", 8),
+            tensor("w3", 5, 8),
+            tensor("b3", 5),
+        ],
     )
 
 

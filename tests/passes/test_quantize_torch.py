@@ -281,6 +281,35 @@ def test_a_depthwise_convolution_without_a_fast_kernel_stays_in_float():
     assert quality(before, after, ctx) > 30
 
 
+@needs_fbgemm
+@pytest.mark.parametrize("act", [nn.ReLU6(), nn.ReLU()])
+def test_what_stays_in_float_keeps_its_clip_and_its_name(act):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 3, padding=1, groups=12), act, nn.Conv2d(12, 8, 1))
+    with torch.no_grad():
+        net[1].weight *= 50
+    before = artifact(net)
+    ctx = context(before, engine="fbgemm")
+    after = QuantizeTorch()(before, ctx)
+    assert [name for name, _ in after.quant.left_float] == ["1"]
+    assert quality(before, after, ctx) > 30
+
+
+def test_a_layer_that_is_called_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(F.relu6(self.conv(x) * 20))
+
+    torch.manual_seed(0)
+    before = artifact(Twice())
+    ctx = context(before)
+    assert quality(before, QuantizeTorch()(before, ctx), ctx) > 25
+
+
 def test_what_pytorch_cannot_quantize_is_named():
     class Attention(nn.Module):
         def __init__(self):

@@ -69,6 +69,12 @@ def test_an_operator_that_cannot_be_converted_is_named(body: str, opset: int, wa
     assert "/" not in caught.value.what.partition("Assertion")[0].replace("opset", "")  # no path of the converter's build
 
 
+@pytest.mark.parametrize(("now", "wanted"), [(9, 99), (18, 27)])
+def test_an_opset_that_nobody_knows(now: int, wanted: int):
+    with pytest.raises(PassError, match=f"cannot convert opset {now} to {wanted}: "):
+        convert(graph(RELU, opset=now), wanted)
+
+
 def test_large_weights_do_not_go_through_protobuf():
     weight = np.arange(SMALL_ELEMENTS * 2, dtype=np.float32).reshape(2, -1)
     model = graph(f"(float[1,2] x) => (float[1,{SMALL_ELEMENTS}] y) {{ y = MatMul(x, w) }}", opset=9, w=weight)

@@ -10,8 +10,8 @@ from torch.export import Dim
 
 from deploycc.core.artifact import Form
 from deploycc.errors import SourceError
+from deploycc.forms._pt2 import _is_arithmetic
 from deploycc.forms.program import ProgramForm
-from deploycc.sources.models._pt2_screen import _is_arithmetic
 
 
 class Net(torch.nn.Module):

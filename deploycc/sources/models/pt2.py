@@ -9,9 +9,9 @@ from deploycc.core.artifact import Artifact, Form, Signature, TensorSpec
 from deploycc.core.contract import ModelRequest
 from deploycc.errors import SourceError
 from deploycc.forms.module import capture_signature, example_tensors
+from deploycc.forms.program import read
 from deploycc.sources.models._axes import bind_axes, bound_shape
 from deploycc.sources.models._checks import refuse_non_finite_tensor
-from deploycc.sources.models._pt2_screen import screen
 from deploycc.sources.models._weights import refuse_weight_options
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Pt2Model:
         """Screen, load, fix the free axes. Raises SourceError."""
         refuse_weight_options(request, "a .pt2 file holds its own weights")
         path = Path(request.text)
-        program = _read(path)
+        program = read(path)
         for name, value in {**program.state_dict, **program.constants}.items():
             refuse_non_finite_tensor(name, value, where=str(path), mask=name not in program.graph_signature.parameters)
         specs = _inputs(program, path)
@@ -42,28 +42,6 @@ class Pt2Model:
         if any(isinstance(size, int) for size in bound.values()):
             program = _at_sizes(program, fixed, path)
         return Artifact(Form.PROGRAM, program, capture_signature(program.module(), fixed), request.text, notes=notes)
-
-
-def _read(path: Path) -> ExportedProgram:
-    import torch
-    from torch.export.pt2_archive._package import load_pt2  # torch.export.load falls back to unpickling an older format
-
-    if not path.is_file():
-        raise SourceError(f"there is no file {path}", fix="correct the path")
-    if path.stat().st_size == 0:
-        raise SourceError(f"{path} is empty", fix="export it again")
-    try:
-        screen(path)
-    except RuntimeError as error:  # PyTorch's reader: not a zip file, or its end is missing
-        reason = str(error).split(". ")[0]
-        raise SourceError(f"{path} is truncated or not a .pt2 file: {reason}", fix="download or export it again") from error
-    try:
-        return load_pt2(str(path)).exported_programs["model"]
-    except Exception as error:
-        raise SourceError(
-            f"PyTorch {torch.__version__} cannot load {path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            fix="export it again with this version of PyTorch; what it was written with is in the error above",
-        ) from error
 
 
 def _inputs(program: ExportedProgram, path: Path) -> tuple[TensorSpec, ...]:

@@ -1,0 +1,227 @@
+"""The command line as a user meets it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+TARGET = ("--target", "quick.toml")
+DATA = ("--data", "data.npz", "--calibration", "calibration.npz")
+
+
+@pytest.fixture(scope="module")
+def compiled(deploycc_with, tmp_path_factory):
+    """One bundle that several tests look at."""
+    out = tmp_path_factory.mktemp("out") / "bundle"
+    words = ["compile", "net.py:make", *TARGET, *DATA, "-o", out, "--zip", "--dump", out.parent / "dump", "--json"]
+    return out, deploycc_with(out.parent / "cache")(*words)
+
+
+def test_compile_writes_a_bundle_and_one_json_document(compiled):
+    out, result = compiled
+    assert result.status == 0, result.err
+    document = result.json
+    assert document["target"] == "quick"
+    assert document["exit_status"] == 0
+    assert {row["name"] for row in document["candidates"]} == {"PyTorch eager", "float", "compiled"}
+    int8 = next(row for row in document["candidates"] if row["name"] == "compiled")
+    assert int8["int8_macs"] == 1.0
+    assert int8["sqnr_db"] > 20
+    assert int8["metric"] == "top1"
+    for name in ("manifest.json", "model.onnx", "golden.npz", "runner.pyz", "report.html"):
+        assert (out / name).is_file()
+    assert (out.parent / "bundle.zip").is_file()
+
+
+def test_what_ships_follows_from_what_was_measured(compiled):
+    document = compiled[1].json
+    rows = {row["name"]: row for row in document["candidates"]}
+    shipped = next(row for row in document["candidates"] if row["shipped"])
+    faster = rows["compiled"]["p50_ms"][0] < rows["float"]["p50_ms"][0]
+    assert shipped["name"] == ("compiled" if faster else "float")
+    assert document["decision"]["reason"]
+
+
+def test_every_pass_has_a_receipt(compiled):
+    receipts = compiled[1].json["attempts"][-1]["receipts"]
+    assert [receipt["spec"].partition("{")[0] for receipt in receipts] == [
+        "fold-batchnorm",
+        "export-onnx",
+        "update-opset",
+        "fold-constants",
+        "quantize-static",
+    ]
+    quantized = receipts[-1]
+    assert quantized["stats"]["bytes"] < receipts[1]["stats"]["bytes"] / 2
+    assert quantized["to_reference"]["sqnr_db"] > 20
+    assert quantized["latency_ms"][0] > 0
+    assert receipts[0]["to_input"]["relative"] < 1e-4
+
+
+def test_dumps_are_numbered(compiled):
+    names = sorted(path.name for path in (compiled[0].parent / "dump").iterdir())
+    assert names[0] == "000_source.txt"
+    assert any(re.fullmatch(r"\d{3}_quantize-static\.txt", name) for name in names)
+
+
+def test_the_bundle_verifies_inspects_and_predicts(compiled, deploycc, project, tmp_path):
+    out, _ = compiled
+    verified = deploycc("verify", out)
+    assert verified.status == 0, verified.err
+    assert "golden outputs" in verified.out
+    inspected = deploycc("inspect", out, "--json").json
+    assert inspected["kind"] == "bundle"
+    assert inspected["coverage"] is not None
+    data = np.load(project / "data.npz")
+    np.savez(tmp_path / "one.npz", x=data["x"][:1])
+    found = deploycc("run", out, tmp_path / "one.npz", "--json").json
+    assert found["predictions"][0]["index"] == data["label"][0]
+
+
+def test_bench_compares_and_saves(compiled, deploycc, tmp_path):
+    out, _ = compiled
+    quick = ("--min-seconds", "0.2", "--data", "data.npz")
+    result = deploycc("bench", out / "model.onnx", "net.py:make", *quick, "--save", tmp_path / "a.json")
+    assert result.status == 0, result.err
+    assert "baseline" in result.out
+    again = deploycc("bench", out / "model.onnx", "net.py:make", *quick, "--save", tmp_path / "b.json", "--json")
+    assert len(again.json["measurements"]) == 2
+    compared = deploycc("compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert compared.status == 0, compared.err
+    assert "net.py:make" in compared.out
+    other = json.loads((tmp_path / "b.json").read_text())
+    other["environment"]["cpu_model"] = "another CPU"
+    (tmp_path / "c.json").write_text(json.dumps(other))
+    refused = deploycc("compare", tmp_path / "a.json", tmp_path / "c.json")
+    assert refused.status == 1
+    assert "another CPU" in refused.err
+
+
+def test_an_onnx_file_skips_the_export(deploycc, tmp_path):
+    kept = deploycc(
+        "compile", "net.py:make", *TARGET, "--passes", "fold-batchnorm, export-onnx", "--data", "data.npz", "-o", tmp_path / "float"
+    )
+    assert kept.status == 0, kept.err
+    planned = deploycc("plan", tmp_path / "float" / "model.onnx", *TARGET, *DATA, "--json").json
+    assert planned["left_out"] == ["export-onnx"]
+    again = deploycc("compile", tmp_path / "float" / "model.onnx", *TARGET, *DATA, "-o", tmp_path / "b", "--json")
+    assert again.status == 0, again.err
+    assert [row["name"] for row in again.json["candidates"]] == ["float", "compiled"]
+
+
+def test_a_limit_that_is_not_met_exits_3_and_still_writes_a_bundle(deploycc, tmp_path):
+    result = deploycc("compile", "net.py:make", *TARGET, *DATA, "--max-size", "1kB", "-o", tmp_path / "b")
+    assert result.status == 3, result.err
+    assert "NOT MET" in result.out
+    assert (tmp_path / "b" / "manifest.json").is_file()
+
+
+def test_a_gate_that_refuses_everything_ships_float_with_the_reason(deploycc, tmp_path):
+    (tmp_path / "strict.toml").write_text('inherit = "onnxruntime-portable"\ntitle = "a gate no int8 passes"\n[limits]\nsqnr_db = 90.0\n[bench]\nmin_seconds = 0.2\n')
+    words = ("compile", "net.py:make", "--target", tmp_path / "strict.toml", *DATA, "--metric", "sqnr")
+    document = deploycc(*words, "-o", tmp_path / "b", "--json").json
+    assert [attempt["passed"] for attempt in document["attempts"]] == [True, False, False, False, False]
+    assert document["decision"]["shipped"] == "float"
+    assert "the accuracy gate refused all 4 attempts" in document["decision"]["reason"]
+    assert document["exit_status"] == 0  # the float artifact meets every limit
+    within = deploycc(*words, "--budget", "1s", "-o", tmp_path / "c", "--json").json
+    assert len(within["attempts"]) == 2  # the float artifact and one attempt: the budget was over after it
+
+
+def test_another_architecture_is_built_and_checked_but_never_timed(deploycc, tmp_path):
+    result = deploycc("compile", "net.py:make", "--target", "arm64-onnxruntime", *DATA, "-o", tmp_path / "b", "--json")
+    assert result.status == 0, result.err
+    document = result.json
+    assert document["decision"]["shipped"] == "compiled"
+    assert "latency is not measured" in document["decision"]["reason"]
+    assert all(row["p50_ms"] is None for row in document["candidates"])
+    assert all(receipt["latency_ms"] is None for attempt in document["attempts"] for receipt in attempt["receipts"])
+    refused = deploycc("verify", tmp_path / "b")
+    assert refused.status == 1
+    assert "aarch64" in refused.err
+
+
+@pytest.mark.parametrize("target", ["x86-fbgemm", "arm64-qnnpack"])
+def test_the_torch_targets_compile_too(deploycc, tmp_path, target):
+    result = deploycc("compile", "net.py:make", "--target", target, *DATA, "-o", tmp_path / "b", "--json")
+    assert result.status in (0, 3), result.err
+    int8 = next(row for row in result.json["candidates"] if row["name"] == "compiled")
+    assert int8["sqnr_db"] > 15
+    assert int8["int8_macs"] > 0.9
+
+
+def test_two_compiles_share_what_is_finished(deploycc, tmp_path):
+    first = deploycc("compile", "net.py:make", *TARGET, *DATA, "-o", tmp_path / "a", "--json")
+    second = deploycc("compile", "net.py:make", *TARGET, *DATA, "-o", tmp_path / "b", "--json")
+    cached = {item["spec"].partition("{")[0]: item["cached"] for item in second.json["attempts"][-1]["receipts"]}
+    assert cached["export-onnx"]
+    assert cached["quantize-static"]
+    assert not any(item["cached"] for item in first.json["attempts"][0]["receipts"])
+
+
+# --- everything a user can get wrong
+
+BAD = [
+    (("compile", "nothing"), 2, "'nothing' is not a model deploycc can read", "write one of"),
+    (("compile", "gone.onnx", *DATA), 1, "gone.onnx", ""),
+    (("compile", "net.py:mkae", *DATA), 1, "mkae", "did you mean 'make'"),
+    (("compile", "net.py:broken", *DATA), 1, "RuntimeError", ""),
+    (("compile", "net.py:not_a_model", *DATA), 1, "int", ""),
+    (("compile", "net.py:make", "--target", "x86-onxruntime", *DATA), 2, "no target 'x86-onxruntime'", "did you mean 'x86-onnxruntime'"),
+    (("compile", "net.py:make", *TARGET, *DATA, "--passes", "fold-batchnom"), 2, "no pass 'fold-batchnom'", "did you mean 'fold-batchnorm'"),
+    (("compile", "net.py:make", *TARGET, *DATA, "--passes", "quantize-static"), 1, "takes ONNX, but gets MODULE", "put 'export-onnx' before it"),
+    (("compile", "net.py:make", *TARGET, *DATA, "--passes", "fold-batchnorm"), 2, "ends in MODULE", "produces ONNX"),
+    (("compile", "net.py:make", *TARGET, *DATA, "--passes", "+quantize-static{calibraton=mse}"), 2, "no option 'calibraton'", "did you mean 'calibration'"),
+    (("compile", "net.py:make", *TARGET), 1, "there is no data to judge the result by", "--data DATA"),
+    (("compile", "net.py:make", *TARGET, "--data", "gone.npz"), 1, "gone.npz", ""),
+    (("compile", "net.py:make", *TARGET, *DATA, "--max-latency", "5"), 2, "--max-latency is '5'", "such as 5ms"),
+    (("compile", "net.py:make", *TARGET, *DATA, "--budget", "soon"), 2, "--budget is 'soon'", "such as 5s"),
+    (("compile", "net.py:make", *TARGET, *DATA, "--input", "x=1x3"), 2, "--input is 'x=1x3'", "NAME:SHAPE"),
+    (("compile", "net.py:make", *TARGET, *DATA, "--max-drop", "2"), 2, "max-drop", ""),
+    (("compile", "net.py:make", *TARGET, *DATA, "--metric", "accuracy"), 2, "no metric 'accuracy'", "top1"),
+    (("compile", "net.py:make", *TARGET, *DATA, "-o", "net.py"), 1, "net.py is a file", "name of a new folder"),
+    (("compile", "net.py:make", *TARGET, *DATA, "-o", "."), 1, "is not a bundle", "new folder"),
+    (("compile", "net.py:make", *TARGET, *DATA, "--passes", "+fold-normalize"), 1, "transform", ""),
+    (("compile", "net.py:make", "--bogus"), 2, "--bogus", "--help"),
+    (("bench", "net.py:make", "net.py:make"), 2, "named twice", "each once"),
+    (("verify", "."), 1, "not a bundle", ""),
+    (("run", "gone", "gone.npz"), 1, "not a bundle", ""),
+    (("passes", "fold-batchnom"), 2, "no pass 'fold-batchnom'", "did you mean"),
+    (("targets", "rpi9"), 2, "no target 'rpi9'", ""),
+    (("backends", "onnx"), 2, "no backend 'onnx'", ""),
+    (("compare", "data.npz", "data.npz"), 1, "data.npz", "deploycc bench --save"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "what", "fix"), BAD, ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else ""
+)
+def test_bad_input_says_what_where_and_how_to_fix(deploycc, tmp_path, words, status, what, fix):
+    output = () if "-o" in words or words[0] != "compile" else ("-o", tmp_path / "b")
+    result = deploycc(*words, *output)
+    assert result.status == status, result.err
+    assert what in result.err
+    error, _, advice = result.err.partition("  fix: ")
+    assert error.startswith("error: ")
+    assert fix in advice
+    assert advice.strip()
+    assert "Traceback (most recent call last)" not in result.err.partition("  cause:")[0] or "broken" in words[1]
+    assert result.out == ""
+    assert not (tmp_path / "b").exists()
+
+
+def test_help_starts_in_less_than_a_third_of_importing_torch():
+    def best_of(*command):
+        import time
+
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *command], capture_output=True, check=True)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    assert best_of("-m", "deploycc.cli", "--help") < best_of("-c", "import torch") / 3
