@@ -1,6 +1,52 @@
 """deploycc takes a trained model to the hardware it must run on.
 
-Importing this package imports no framework.
+Importing this package imports no framework; `compile`, `plan`, `benchmark` and `load_target` load what they need when called.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deploycc.bench.result import BenchResult
+    from deploycc.core.target import Target
+    from deploycc.driver import Compiled
+    from deploycc.planning import Plan
+
+__all__ = ["benchmark", "compile", "load_target", "plan"]
 __version__ = "0.1.0"
+
+
+def compile(model: Any, **options: Any) -> Compiled:
+    """Compile a model (text as on the command line, a torch.nn.Module, or a (module, example input) pair) into a checked bundle.
+
+    `options` are the fields of `deploycc.planning.Options`, named like the command line's.
+
+    Raises:
+        DeployError: what, where and how to fix.
+    """
+    from deploycc import driver, planning
+
+    return driver.compile(model, planning.options(**options))
+
+
+def plan(model: Any, **options: Any) -> Plan:
+    """What `compile` would do; runs nothing. Raises UsageError."""
+    from deploycc import planning
+
+    return planning.plan(model, planning.options(**options))
+
+
+def benchmark(*models: str, data: str | None = None, threads: int = 1, seed: int = 0) -> BenchResult:
+    """Latencies of bundles and models in one interleaved run; the first is the baseline. Raises DeployError."""
+    from deploycc import tools
+    from deploycc.core.target import Bench
+
+    return tools.bench_all(models, data=data, inputs={}, weights=None, random_weights=False, settings=Bench(threads=threads), seed=seed)
+
+
+def load_target(name: str) -> Target:
+    """A target by name, or a .toml file. Raises TargetError and UnknownName."""
+    from deploycc.core import target
+
+    return target.load(name)

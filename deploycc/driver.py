@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class Compiled:
         return 3 if any(check.met is False for check in self.limits) else 0
 
 
-def compile(model: str, options: Options, progress: Progress = silent) -> Compiled:
+def compile(model: Any, options: Options, progress: Progress = silent) -> Compiled:
     """One model in, one checked bundle out.
 
     Raises:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 from deploycc.core import target as targets
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Backend, Dataset, ModelRequest, ModelSource
 from deploycc.core.data import Data
 from deploycc.core.pipeline import Pipeline
-from deploycc.core.registry import BACKENDS, DATASETS, MODELS
+from deploycc.core.registry import BACKENDS, DATASETS, MODELS, suggest
 from deploycc.core.target import Target
 from deploycc.errors import UsageError
 
@@ -63,6 +65,16 @@ class Options:
     cache: Path | None = None
 
 
+def options(**given: Any) -> Options:
+    """`Options` from keyword arguments; paths may be text. Raises UsageError for an option that does not exist."""
+    known = [item.name for item in fields(Options)]
+    for name in given:
+        if name not in known:
+            raise UsageError(f"there is no option '{name}'", fix=suggest(name, known, listing="`help(deploycc.planning.Options)`"))
+    paths = {name: Path(given[name]) for name in ("weights", "output", "dump", "cache") if given.get(name) is not None}
+    return Options(**{**given, **paths})
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a compile would do, with nothing run yet.
@@ -94,7 +106,7 @@ class Plan:
         return self.misfit is None
 
 
-def plan(model: str, options: Options = Options()) -> Plan:
+def plan(model: Any, options: Options = Options()) -> Plan:
     """Resolve and type-check everything; runs nothing and loads no weights. Raises UsageError and its children."""
     target = resolve_target(options)
     backend = BACKENDS.get(target.backend)
@@ -136,8 +148,37 @@ def resolve_target(options: Options) -> Target:
     return target.model_copy(update={"limits": limits, "bench": bench})
 
 
-def find_source(text: str) -> ModelSource:
-    """The source that takes `text`. Raises UsageError with every syntax."""
+@dataclass(frozen=True, slots=True)
+class GivenModule:
+    """A module, or a (module, example input) pair, handed over in Python. It is copied: the caller's stays as it is."""
+
+    value: Any
+    name: ClassVar[str] = "python"
+    syntax: ClassVar[str] = "a torch.nn.Module"
+    gives: ClassVar[Form] = Form.MODULE
+
+    def matches(self, text: str) -> bool:
+        """It is not named by text."""
+        return False
+
+    def load(self, request: ModelRequest) -> Artifact:
+        """Capture it as a factory's result would be. Raises SourceError."""
+        from deploycc.sources.models.python import PythonModel
+
+        return PythonModel().capture(copy.deepcopy(self.value), None, request)
+
+
+def text_of(model: Any) -> str:
+    """How a model is called in reports: the user's text, or the class of a module."""
+    if isinstance(model, str):
+        return model
+    return type(model[0] if isinstance(model, tuple) and model else model).__name__
+
+
+def find_source(text: Any) -> ModelSource:
+    """The source that takes `text` (or the module itself). Raises UsageError with every syntax."""
+    if not isinstance(text, str):
+        return GivenModule(text)
     known = [MODELS.get(name) for name in MODELS.names()]
     for source in known:
         if source.matches(text):
@@ -165,10 +206,10 @@ def open_data(options: Options) -> Data:
     )
 
 
-def capture(model: str, source: ModelSource, options: Options, data: Data) -> tuple[Artifact, Data]:
+def capture(model: Any, source: ModelSource, options: Options, data: Data) -> tuple[Artifact, Data]:
     """Load the model, and number the labels like its classes; a transform that the data set declares wins over the model's own."""
     request = ModelRequest(
-        text=model, weights=options.weights, random_weights=options.random_weights, inputs=options.inputs, seed=options.seed
+        text=text_of(model), weights=options.weights, random_weights=options.random_weights, inputs=options.inputs, seed=options.seed
     )
     artifact = source.load(request)
     declared = data.dataset.transform if data.dataset else None

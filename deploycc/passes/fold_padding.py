@@ -9,9 +9,10 @@ symmetric (a < b). A depthwise kernel is then embedded in a larger one, zeros ar
 
     P = max(l, k − 1 − l),   K = 2P + 1,   w'[t + P − l] = w[t],   padding P,   o = ⌈n / s⌉
 
-The result is the same sum with zeros added. Depthwise kernels are so cheap that a larger one costs less than the separate padding
-(3×3 → 5×5: 0.26 against 0.6 ms with its copy), and only with padding (K − 1)/2 does FBGEMM use its depthwise kernel at all: one
-hundred times faster (see `_engines`). A dense kernel is not embedded: it would pay (K/k)² of the model's heavy work.
+The result is the same sum with zeros added. Only with padding (K − 1)/2 does FBGEMM use its depthwise kernel at all (see `_engines`):
+96 channels of 112×112, 3×3, stride 2, in int8: 25 ms with the padding outside, 0.26 ms embedded in 5×5, against 0.17 ms for a symmetric
+3×3. In float the padding's copy is saved: EfficientNet-Lite0 16.5 → 12.8 ms. A dense kernel is not embedded: it would pay (K/k)² of the
+model's heavy work.
 """
 
 from __future__ import annotations

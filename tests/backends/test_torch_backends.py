@@ -270,7 +270,7 @@ def test_availability_does_not_import_torch():
         "from deploycc.backends.fbgemm import Fbgemm; import sys; found = Fbgemm().available(); print('torch' in sys.modules, bool(found))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str("fbgemm" in SUPPORTED), "False"]
+    assert done.stdout.split() == ["False", str("fbgemm" in SUPPORTED)]
 
 
 def test_without_torch(monkeypatch):

@@ -120,7 +120,9 @@ def test_a_limit_that_is_not_met_exits_3_and_still_writes_a_bundle(deploycc, tmp
 
 
 def test_a_gate_that_refuses_everything_ships_float_with_the_reason(deploycc, tmp_path):
-    (tmp_path / "strict.toml").write_text('inherit = "onnxruntime-portable"\ntitle = "a gate no int8 passes"\n[limits]\nsqnr_db = 90.0\n[bench]\nmin_seconds = 0.2\n')
+    (tmp_path / "strict.toml").write_text(
+        'inherit = "onnxruntime-portable"\ntitle = "a gate no int8 passes"\n[limits]\nsqnr_db = 90.0\n[bench]\nmin_seconds = 0.2\n'
+    )
     words = ("compile", "net.py:make", "--target", tmp_path / "strict.toml", *DATA, "--metric", "sqnr")
     document = deploycc(*words, "-o", tmp_path / "b", "--json").json
     assert [attempt["passed"] for attempt in document["attempts"]] == [True, False, False, False, False]

@@ -118,11 +118,11 @@ def evil_shape(model: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (with_json("data/weights/model_weights_config.json", pickled_weight), "pickled object"),
-        (with_json("models/model.json", foreign_target), "not a PyTorch operator"),
-        (with_json("models/model.json", evil_shape), "shape expression"),
-        (lambda name, content: pickle.dumps(Bomb()) if name == "data/sample_inputs/model.pt" else content, "example inputs"),
-        (lambda name, content: None if name == "models/model.json" else content, "is not a .pt2 file"),
+        (with_json("data/weights/model_weights_config.json", pickled_weight), "stored as a pickle or custom object"),
+        (with_json("models/model.json", foreign_target), "target reads"),
+        (with_json("models/model.json", evil_shape), "expr_str reads"),
+        (lambda name, content: pickle.dumps(Bomb()) if name == "data/sample_inputs/model.pt" else content, "sample inputs are a pickle"),
+        (lambda name, content: None if name == "models/model.json" else content, "is not an exported program"),
     ],
     ids=["pickled weight", "foreign operator", "evaluated shape", "pickled inputs", "no model"],
 )
@@ -135,7 +135,7 @@ def test_a_compiled_library_in_the_archive_is_refused(saved: Path, tmp_path: Pat
     path = rewritten(saved / FILE, tmp_path / FILE, lambda _, content: content)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("model/data/aotinductor/model/code.so", b"\x7fELF")
-    with pytest.raises(SourceError, match=r"has the entry model/data/aotinductor/model/code\.so"):
+    with pytest.raises(SourceError, match=r"it holds .*code\.so"):
         read(path)
 
 
@@ -143,7 +143,7 @@ def test_two_entries_of_one_name_are_refused(saved: Path, tmp_path: Path):
     path = rewritten(saved / FILE, tmp_path / FILE, lambda _, content: content)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("other/models/model.json", b"{}")
-    with pytest.raises(SourceError, match=r"two entries called models/model\.json"):
+    with pytest.raises(SourceError, match="truncated or not a .pt2 file"):
         read(path)
 
 
@@ -151,7 +151,7 @@ def test_two_entries_of_one_name_are_refused(saved: Path, tmp_path: Path):
 def test_what_is_no_archive(tmp_path: Path, content: bytes):
     path = tmp_path / FILE
     path.write_bytes(content)
-    with pytest.raises(SourceError, match=r"is not a \.pt2 file"):
+    with pytest.raises(SourceError, match=r"is empty|not a \.pt2 file"):
         read(path)
 
 
@@ -160,5 +160,5 @@ def test_an_archive_that_pytorch_cannot_read(saved: Path, tmp_path: Path):
         model["graph_module"]["graph"]["nodes"] = [{"target": "torch.ops.aten.relu.default"}]
 
     path = rewritten(saved / FILE, tmp_path / FILE, with_json("models/model.json", no_nodes))
-    with pytest.raises(SourceError, match="does not load with PyTorch"):
+    with pytest.raises(SourceError, match=r"PyTorch .* cannot load"):
         read(path)

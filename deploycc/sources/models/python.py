@@ -47,10 +47,14 @@ class PythonModel:
             )
         with seeded(request.seed):
             made = make(request.text, SourceError)
-        module, example = _parted(made.value, request.text)
+        return self.capture(made.value, made.module, request)
+
+    def capture(self, value: Any, file: ModuleType | None, request: ModelRequest) -> Artifact:
+        """What a factory made (or a module given in Python) as an artifact; `file` may hold TRANSFORM. Raises SourceError."""
+        module, example = _parted(value, request.text)
         if request.weights:
             load_state(module, read_state(request.weights), str(request.weights))
-        transform = _transform(module, made.module, request.text)
+        transform = _transform(module, file, request.text)
         inputs = _inputs(module, example, transform, request)
         return capture(module.cpu(), inputs, source=request.text, transform=transform)
 
@@ -70,7 +74,7 @@ def _parted(value: Any, text: str) -> tuple[torch.nn.Module, Any]:
     )
 
 
-def _transform(module: torch.nn.Module, file: ModuleType, text: str) -> Transform | None:
+def _transform(module: torch.nn.Module, file: ModuleType | None, text: str) -> Transform | None:
     declared = getattr(module, "transform", None)
     if declared is None or (callable(declared) and not is_preset(declared)):  # a layer or method of that name declares nothing
         declared = getattr(file, "TRANSFORM", None)
