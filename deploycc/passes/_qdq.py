@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 BIAS_LIMIT = 2.0**30  # half of int32's range: the accumulator adds the products on top
 FEW_CHANNELS = 4  # a kernel over at most so many input channels sees much the same value at every tap
+JUDGED_WEIGHTS = 2048  # of a channel, when its scale is chosen: enough for a mean error, and a large layer stays quick
 CLIP_SHARES = np.linspace(1.0, 0.6, 41)
 
 
@@ -54,9 +55,10 @@ def weight_scales(weight: np.ndarray, axis: int | None, most: int, *, clip: bool
     if not clip:
         return full.astype(np.float32)
     best, least = full.copy(), np.full(len(rows), np.inf)
+    judged = rows[:, :: max(1, rows.shape[1] // JUDGED_WEIGHTS)].astype(np.float32)
     for share in CLIP_SHARES:
-        scale = (full * share)[:, None]
-        error = np.square(np.clip(np.rint(rows / scale), -most, most) * scale - rows).sum(axis=1)
+        scale = (full * share)[:, None].astype(np.float32)
+        error = np.square(np.clip(np.rint(judged / scale), -most, most) * scale - judged).sum(axis=1)
         better = error < least
         best[better], least[better] = (full * share)[better], error[better]
     return best.astype(np.float32)
@@ -226,7 +228,7 @@ class Writer:
             least = np.abs(bias).reshape(-1) / (x_scale * BIAS_LIMIT)
             scales = np.maximum(scales, least.max() if len(scales) == 1 else least).astype(np.float32)
         shape = [-1 if index == axis else 1 for index in range(array.ndim)]
-        spread = scales.reshape(shape if len(scales) == channels else [1] * array.ndim).astype(np.float64)
+        spread = scales.reshape(shape if len(scales) == channels else [1] * array.ndim)
         quantized = self._rounded(np.clip(array / spread, -most, most), most)
         kind = np.dtype(self.quant.weights)
         zero = 128 if kind.kind == "u" else 0
@@ -240,7 +242,7 @@ class Writer:
         dq = ir.node("DequantizeLinear", inputs, {"axis": axis} if per_channel else {}, name=f"{stem}_DequantizeLinear")
         dq.outputs[0].name = f"{stem}_dequantized"
         self.graph.insert_before(self.graph[0], dq)
-        self._weights[key] = Weight(dq.outputs[0], np.broadcast_to(scales, (channels,)), array - quantized * spread)
+        self._weights[key] = Weight(dq.outputs[0], np.broadcast_to(scales, (channels,)), array - quantized.astype(np.float32) * spread)
         return self._weights[key]
 
     def _rounded(self, steps: np.ndarray, most: int) -> np.ndarray:

@@ -53,6 +53,31 @@ def not_a_model():
 """
 
 
+INTERRUPTING = '''
+import numpy as np
+
+
+class Items:
+    """Presses Ctrl-C in the middle of calibration: each item is read once for its hash, then once to calibrate."""
+
+    def __init__(self):
+        self.reads = 0
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if self.reads > 24 + 10:
+            raise KeyboardInterrupt
+        return np.random.default_rng(index).normal(size=(3, 32, 32)).astype(np.float32)
+
+
+def make():
+    return Items()
+'''
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory):
     """A folder with net.py:make, data.npz (labels are the float model's own answers) and calibration.npz."""
@@ -69,6 +94,9 @@ def project(tmp_path_factory):
     with torch.no_grad():
         label = scope["make"]()(torch.from_numpy(x)).argmax(1).numpy()
     np.savez(folder / "data.npz", x=x, label=label)
+    np.savez(folder / "outside.npz", x=x, label=np.where(np.arange(48) == 7, 99, label))
+    np.savez(folder / "shape.npz", x=x[:, :, :16], label=label)
+    (folder / "interrupting.py").write_text(INTERRUPTING)
     np.savez(folder / "calibration.npz", x=rng.normal(size=(24, 3, 32, 32)).astype(np.float32))
     return folder
 

@@ -164,6 +164,18 @@ def test_two_compiles_share_what_is_finished(deploycc, tmp_path):
     assert not any(item["cached"] for item in first.json["attempts"][0]["receipts"])
 
 
+def test_ctrl_c_in_the_middle_of_calibration_keeps_the_best_so_far(deploycc, tmp_path):
+    words = ("--data", "data.npz", "--calibration", "interrupting.py:make", "-o", tmp_path / "b")
+    result = deploycc("compile", "net.py:make", *TARGET, *words)
+    assert result.status == 130
+    assert "the best so far (float) is in" in result.err
+    assert "goes on from the last finished pass" in result.err
+    verified = deploycc("verify", tmp_path / "b")
+    assert verified.status == 0, verified.err
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    assert manifest["decision"]["shipped"] == "float"
+
+
 # --- everything a user can get wrong
 
 BAD = [
@@ -179,6 +191,9 @@ BAD = [
     (("compile", "net.py:make", *TARGET, *DATA, "--passes", "+quantize-static{calibraton=mse}"), 2, "no option 'calibraton'", "did you mean 'calibration'"),
     (("compile", "net.py:make", *TARGET), 1, "there is no data to judge the result by", "--data DATA"),
     (("compile", "net.py:make", *TARGET, "--data", "gone.npz"), 1, "gone.npz", ""),
+    (("compile", "net.py:make", *TARGET, "--data", "outside.npz"), 1, "99", "number the classes"),
+    (("compile", "net.py:make", *TARGET, "--data", "shape.npz"), 1, "[3, 16, 32]", "--input"),
+    (("compile", "net.py:make", *TARGET, *DATA, "-o", "/proc/deploycc/b"), 1, "/proc/deploycc/b", "-o a folder"),
     (("compile", "net.py:make", *TARGET, *DATA, "--max-latency", "5"), 2, "--max-latency is '5'", "such as 5ms"),
     (("compile", "net.py:make", *TARGET, *DATA, "--budget", "soon"), 2, "--budget is 'soon'", "such as 5s"),
     (("compile", "net.py:make", *TARGET, *DATA, "--input", "x=1x3"), 2, "--input is 'x=1x3'", "NAME:SHAPE"),

@@ -143,7 +143,7 @@ def test_two_entries_of_one_name_are_refused(saved: Path, tmp_path: Path):
     path = rewritten(saved / FILE, tmp_path / FILE, lambda _, content: content)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("other/models/model.json", b"{}")
-    with pytest.raises(SourceError, match="truncated or not a .pt2 file"):
+    with pytest.raises(SourceError, match=r"truncated or not a \.pt2 file"):
         read(path)
 
 
