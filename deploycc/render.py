@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deploycc.showcase import Shown
 
 DASH = "–"
+SHOWN_DOUBTS = 3
 
 
 def _table(*columns: str, title: str | None = None, left: int = 1) -> Table:
@@ -113,7 +114,8 @@ def shown(found: Shown) -> Iterator[Any]:
         if result.outcome.decision.shipped == "float":
             yield f"{result.plan.target.name} ships float: {result.outcome.decision.reason}"
     yield from (f"{name} was refused: {reason}" for name, reason in found.refused)
-    yield from (f"note: {note}" for note in (*found.photos.notes, *found.bench.warnings()))
+    yield from (f"note: {note}" for note in found.photos.notes)
+    yield from doubts(found.bench.warnings())
     yield f"best bundle: {found.bundle} ({found.best}); the whole demo took {found.seconds:.0f} s"
     yield f"next: deploycc run {found.bundle} PHOTO.jpg, or python {found.bundle}/runner.pyz selftest"
 
@@ -261,9 +263,15 @@ def _remarks(result: Compiled) -> Iterator[Text | str]:
         yield f"note: {note}"
     if result.plan.misfit:
         yield f"note: latency is not measured: {result.plan.misfit}"
-    for warning in result.outcome.bench.warnings() if result.outcome.bench else ():
-        yield f"note: {warning}"
+    yield from doubts(result.outcome.bench.warnings()) if result.outcome.bench else ()
     yield f"bundle: {result.bundle.folder}  ({result.seconds:.0f} s)"
+
+
+def doubts(warnings: Sequence[str]) -> Iterator[str]:
+    """Why the times are not to be trusted: the first reasons, and where the others are."""
+    yield from (f"note: {warning}" for warning in warnings[:SHOWN_DOUBTS])
+    if len(warnings) > SHOWN_DOUBTS:
+        yield f"note: … and {len(warnings) - SHOWN_DOUBTS} more reasons to doubt these times; --json and report.html list them all"
 
 
 def limit_lines(limits: Sequence[LimitCheck]) -> Iterator[str]:
