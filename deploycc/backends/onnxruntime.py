@@ -121,29 +121,26 @@ def kernels_exist(artifact: Artifact, target: Target) -> list[Violation]:
 
 def coverage(model: ir.Model, quant: QuantInfo | None, path: Path) -> Coverage:
     """Share of MACs in integer kernels, from the graph the runtime made of the file at `path`."""
-    from deploycc.forms._macs import infer_shapes, is_heavy, node_macs
+    from deploycc.forms._macs import count_macs, infer_shapes, is_heavy, node_macs
 
     optimized = _optimized(path)
     shapes = {value.name: value.shape for node in infer_shapes(model).graph for value in node.outputs if value.shape is not None}
     shapes |= {value.name: value.shape for value in model.graph.inputs}
-    total = whole = integers = 0
-    known = True
+    counts = count_macs(model)  # of the model as written: what the runtime fuses has tensors without a shape
+    total = sum(counts.values()) if counts is not None else None
+    whole: int | None = 0
+    integers = 0
     left: list[tuple[str, str]] = []
     reasons = dict(quant.left_float) if quant else {}
     for node in optimized.graph:
-        if not is_heavy(node.op_type) and node.op_type not in INTEGER:
-            continue
-        _fill_shapes(node, shapes)
-        macs = node_macs(node)
-        known = known and macs is not None
-        total += macs or 0
         if node.op_type in INTEGER:
-            whole += macs or 0
+            _fill_shapes(node, shapes)
+            macs = node_macs(node)
+            whole = None if whole is None or macs is None else whole + macs
             integers += 1
-        elif quant is not None:
-            label = f"{node.name} ({node.op_type})"
-            left.append((label, _reason(node, reasons)))
-    share = (whole / total if total else 0.0) if known else None
+        elif is_heavy(node.op_type) and quant is not None:
+            left.append((f"{node.name} ({node.op_type})", _reason(node, reasons)))
+    share = None if total is None or whole is None else whole / total if total else 0.0
     return Coverage(share, integers, tuple(left) if quant else (("every operator", "the artifact is float"),))
 
 

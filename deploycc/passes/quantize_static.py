@@ -81,12 +81,14 @@ class QuantizeStatic(Pass):
         """Place, calibrate, write."""
         from deploycc.forms._macs import infer_shapes
         from deploycc.passes import _qdq
+        from deploycc.passes._linear import write_products
         from deploycc.passes._placement import place
         from deploycc.passes._tidy import complete_names
 
         quant = context.target.quant
         model = infer_shapes(artifact.model)
         complete_names(model)
+        write_products(model.graph, self.skip)
         placement = place(model, skip=frozenset(self.skip), fold_activations=not quant.activation_symmetric)
         if not placement.nodes:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in placement.left_float[:3]) or "it has no Conv, Gemm or MatMul"

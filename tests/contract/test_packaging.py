@@ -29,7 +29,9 @@ def test_every_target_is_in_the_wheel(wheel):
 
 
 def test_every_file_of_the_package_is_in_the_wheel(wheel):
-    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "deploycc").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    files = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "deploycc").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
     assert files <= wheel
     assert any(name.endswith("report.html.j2") for name in files)
     assert "deploycc/_demo/tuxpaint_imagenet_labels.txt" in files
