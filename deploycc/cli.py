@@ -115,7 +115,13 @@ def _print(value: Any) -> None:
     if isinstance(value, str):
         print(value)
         return
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(value)
+    from rich.table import Table
+
+    from deploycc.render import fitting
+
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    for part in fitting(value, console) if isinstance(value, Table) else [value]:
+        console.print(part)
 
 
 def _emit(document: Any) -> None:

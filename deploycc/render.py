@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
 from deploycc import manual
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from deploycc.bench.result import BenchResult, Comparison
     from deploycc.core.artifact import Receipt
     from deploycc.decision import Attempt
@@ -32,6 +35,30 @@ def _table(*columns: str, title: str | None = None, left: int = 1) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right", no_wrap=index > 0)
     return table
+
+
+def fitting(table: Table, console: Console) -> list[Table]:
+    """The table, or where it is wider than the console several that hold its columns, each beginning with the first."""
+    widths = [1 + max(cell_len(str(cell)) for cell in (column.header, *column.cells)) + 1 for column in table.columns]
+    if sum(widths) <= console.width:
+        return [table]
+    groups: list[list[int]] = [[]]
+    for index in range(1, len(widths)):
+        if groups[-1] and widths[0] + sum(widths[i] for i in groups[-1]) + widths[index] > console.width:
+            groups.append([])
+        groups[-1].append(index)
+    return [_part(table, [0, *group]) for group in groups]
+
+
+def _part(table: Table, columns: Sequence[int]) -> Table:
+    part = _table()
+    part.title = table.title
+    for index in columns:
+        part.add_column(table.columns[index].header, justify=table.columns[index].justify, no_wrap=index > 0)
+    cells = [list(table.columns[index].cells) for index in columns]
+    for number, row in enumerate(table.rows):
+        part.add_row(*(column[number] for column in cells), style=row.style)
+    return part
 
 
 def size(count: int | float) -> str:
