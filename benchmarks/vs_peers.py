@@ -25,8 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,7 @@ AGREEMENT = 0.95
 COMPILE_SECONDS = 60.0
 COMPILE_GIB = 3.0
 START_SHARE = 1 / 3
+SHOWN_UNSTEADY = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,17 @@ def cells(row: Mapping[str, Any], static: str) -> tuple[str, ...]:
     return (name, f"{p50:.2f} [{low:.2f}, {high:.2f}]", ratio(EAGER), ratio(static), size, *judged)
 
 
-def markdown(document: Mapping[str, Any], machine: str, warnings: Sequence[str]) -> str:
+def doubts(bench: BenchResult) -> list[str]:
+    """Why the times are not to be trusted: the machine's reasons, and how many candidates were unsteady."""
+    unsteady = [item.name for item in bench.measurements if item.warnings()]
+    found = list(bench.environment.warnings())
+    if unsteady:
+        names = f": {', '.join(unsteady)}" if len(unsteady) <= SHOWN_UNSTEADY else ""
+        found.append(f"{len(unsteady)} of {len(bench.measurements)} candidates were unsteady, {NAME}.json says how{names}")
+    return found
+
+
+def markdown(document: Mapping[str, Any], machine: str, reasons: Sequence[str]) -> str:
     """The whole page."""
     verdicts = table(
         ("bar", "measured", ""), ((bar["text"], bar["value"], "PASS" if bar["passed"] else "**FAIL**") for bar in document["bars"])
@@ -232,23 +242,9 @@ def markdown(document: Mapping[str, Any], machine: str, warnings: Sequence[str])
         head = ("", "p50 ms [95 %]", "× eager", f"× {static}", "MB", "top-1", "agreement", "SQNR dB")
         width = len(head) if any(row["accuracy"] for row in mine) else len(head) - 3
         parts.append(f"## {model}\n\n{table(head[:width], (cells(row, static)[:width] for row in mine))}")
-    if warnings:
-        parts.append("## Reasons to doubt these times\n\n" + "\n".join(f"- {text}" for text in warnings))
+    if reasons:
+        parts.append("## Reasons to doubt these times\n\n" + "\n".join(f"- {text}" for text in reasons))
     return "\n\n".join(parts)
-
-
-@contextmanager
-def own_cache(folder: Path) -> Iterator[None]:
-    """Nothing that an earlier run finished is used."""
-    before = os.environ.get("DEPLOYCC_CACHE")
-    os.environ["DEPLOYCC_CACHE"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["DEPLOYCC_CACHE"]
-        else:
-            os.environ["DEPLOYCC_CACHE"] = before
 
 
 def main() -> int:
@@ -258,7 +254,7 @@ def main() -> int:
     quick = parser.parse_args().quick
     settings = Bench(threads=THREADS, min_seconds=0.4 if quick else 2.0, min_runs=10 if quick else 40)
     photos, folder = real_photos(), results_folder()
-    with tempfile.TemporaryDirectory() as scratch, own_cache(Path(scratch) / "cache"):
+    with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         say("deploycc --help against import torch")
         start = start_share(3 if quick else 9)
@@ -268,8 +264,8 @@ def main() -> int:
         lineups: list[Lineup] = []
         for name in MODELS:
             (work / f"{name}-work").mkdir()
-            real = Options(data=str(photos.data), calibration=str(photos.calibration))
-            options = real if name == REAL else Options(calibration=str(few), random_weights=True)
+            real = Options(data=str(photos.data), calibration=str(photos.calibration), cache=work / "cache")
+            options = real if name == REAL else Options(calibration=str(few), random_weights=True, cache=work / "cache")
             lineups.append(line_up(name, options, work / f"{name}-work", {OURS: work / "lite0"} if name == REAL else {}))
         judged = judge(next(lineup for lineup in lineups if lineup.name == REAL))
         say("one interleaved run over everything")
@@ -277,8 +273,8 @@ def main() -> int:
     verdicts = bars(lineups, bench, judged, cost, start)
     document = {
         "conditions": f"{THREADS} thread, every candidate in one interleaved run of at least {settings.min_seconds:g} s and "
-        f"{settings.min_runs} calls each{' (--quick: rough)' if quick else ''}; {len(photos.sources)} sources of photos: "
-        f"{'; '.join(photos.sources)}. resnet18, resnet50 and mobilenet_v2 have random weights: latency only.",
+        f"{settings.min_runs} calls each{' (--quick: rough)' if quick else ''}. Photos: {'; '.join(photos.sources)}. "
+        "resnet18, resnet50 and mobilenet_v2 have random weights: latency only.",
         "environment": bench.environment.model_dump(mode="json"),
         "bars": list(map(asdict, verdicts)),
         "compile": asdict(cost),
@@ -287,7 +283,7 @@ def main() -> int:
         "rows": [row for lineup in lineups for row in rows(lineup, bench, judged if lineup.name == REAL else {})],
         "warnings": bench.warnings(),
     }
-    write(folder, NAME, document, markdown(document, about(bench.environment), bench.warnings()))
+    write(folder, NAME, document, markdown(document, about(bench.environment), doubts(bench)))
     bench.save(folder / f"{NAME}.bench.json")
     for bar in verdicts:
         print(f"{'PASS' if bar.passed else 'FAIL'}  {bar.text}: {bar.value}")

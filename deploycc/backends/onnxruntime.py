@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -121,27 +121,31 @@ def kernels_exist(artifact: Artifact, target: Target) -> list[Violation]:
 
 def coverage(model: ir.Model, quant: QuantInfo | None, path: Path) -> Coverage:
     """Share of MACs in integer kernels, from the graph the runtime made of the file at `path`."""
-    from deploycc.forms._macs import count_macs, infer_shapes, is_heavy, node_macs
+    from deploycc.forms._macs import infer_shapes, is_heavy, node_macs
 
-    optimized = _optimized(path)
-    shapes = {value.name: value.shape for node in infer_shapes(model).graph for value in node.outputs if value.shape is not None}
+    inferred, optimized = infer_shapes(model).graph, _optimized(path)
+    shapes = {value.name: value.shape for node in inferred for value in node.outputs if value.shape is not None}
     shapes |= {value.name: value.shape for value in model.graph.inputs}
-    counts = count_macs(model)  # of the model as written: what the runtime fuses has tensors without a shape
-    total = sum(counts.values()) if counts is not None else None
-    whole: int | None = 0
-    integers = 0
+    # The total is the written model's: where the runtime fuses in float, it makes tensors that have no shape.
+    total = _sum(node_macs(node) for node in inferred if is_heavy(node.op_type))
+    integers: list[int | None] = []
     left: list[tuple[str, str]] = []
     reasons = dict(quant.left_float) if quant else {}
     for node in optimized.graph:
         if node.op_type in INTEGER:
             _fill_shapes(node, shapes)
-            macs = node_macs(node)
-            whole = None if whole is None or macs is None else whole + macs
-            integers += 1
+            integers.append(node_macs(node))
         elif is_heavy(node.op_type) and quant is not None:
             left.append((f"{node.name} ({node.op_type})", _reason(node, reasons)))
+    whole = _sum(integers)
     share = None if total is None or whole is None else whole / total if total else 0.0
-    return Coverage(share, integers, tuple(left) if quant else (("every operator", "the artifact is float"),))
+    return Coverage(share, len(integers), tuple(left) if quant else (("every operator", "the artifact is float"),))
+
+
+def _sum(macs: Iterable[int | None]) -> int | None:
+    """None when one of them is not known."""
+    known = list(macs)
+    return None if None in known else sum(item or 0 for item in known)
 
 
 def _reason(node: Any, reasons: Mapping[str, str]) -> str:

@@ -244,6 +244,37 @@ def test_a_skipped_operator_stays_in_float_and_coverage_says_so(tmp_path):
     assert 0 < found.int8_macs < 0.5
 
 
+@pytest.mark.parametrize("shape", [(1, 16), (1, 5, 16), (1, 2, 5, 16)])
+def test_the_runtime_multiplies_a_matmul_with_a_bias_in_integers(shape, tmp_path):
+    """Left alone, the runtime makes a Gemm of its own from the pair, and runs that in float."""
+    from deploycc.backends.onnxruntime import coverage
+
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"], "product"), helper.make_node("Add", ["m", "b"], ["y"], "bias")]
+    artifact = make(nodes, [tensor("w", 16, 12), tensor("b", 12)], inputs=(("x", shape),))
+    ctx = context(artifact)
+    after = QuantizeStatic()(artifact, ctx)
+    found = coverage(after.model, after.quant, form.write(after.model, tmp_path))
+    assert found.int8_macs == 1.0
+    assert found.int8_operators == 1
+    assert found.float_operators == ()
+    assert error(artifact, after, ctx) < 0.05
+
+
+def test_coverage_counts_what_the_runtime_fused_in_float(tmp_path):
+    from deploycc.backends.onnxruntime import coverage
+
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], "product"),
+        helper.make_node("Add", ["m", "b"], ["a"], "bias"),  # float: the runtime makes a Gemm between Reshapes of it
+        helper.make_node("MatMul", ["a", "v"], ["y"], "second"),
+    ]
+    artifact = make(nodes, [tensor("w", 16, 12), tensor("b", 12), tensor("v", 12, 16)], inputs=(("x", (1, 5, 16)),))
+    after = QuantizeStatic(skip=("product",))(artifact, context(artifact))
+    found = coverage(after.model, after.quant, form.write(after.model, tmp_path))
+    assert found.int8_macs == pytest.approx(0.5)
+    assert [reason for _, reason in found.float_operators] == ["left out by skip="]
+
+
 def test_a_large_bias_raises_the_weight_scale_instead_of_overflowing():
     artifact = residual()
     bias = artifact.model.graph.initializers["b1"]
