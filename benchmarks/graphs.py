@@ -204,8 +204,9 @@ def markdown(rows: Sequence[Row], machine: str) -> str:
 {count["crash"]} crash, {count["timeout"]} run over {TIME_LIMIT_SECONDS} s. Written by `python benchmarks/graphs.py`.
 
 torchvision's nets have random weights and ONNX's light nets constant ones, so the accuracy gate is left open (nothing here says anything
-about accuracy), and SQNR is of the int8 artifact in ONNX Runtime against the model as captured, on {SAMPLES} samples. *Left in float*
-counts convolutions and matrix products. *int8 over float* is the median of a short interleaved run on one thread with its 95 % interval.
+about accuracy), and SQNR is of the int8 artifact in ONNX Runtime against the model as captured, on {SAMPLES} samples; it is inf where such
+weights give the same answer to everything (the light nets; ViT's head starts at zero). *Left in float* counts convolutions and matrix
+products. *int8 over float* is the median of a short interleaved run on one thread with its 95 % interval.
 
 {machine}
 

@@ -78,6 +78,9 @@ class Context:
     progress: Progress = silent
 
 
+TARGET_PARTS = frozenset({"backend", "arch", "hardware", "runtime", "quant"})
+
+
 @dataclass(frozen=True)
 class Pass(ABC):
     """One step of a pipeline. The fields of a subclass are its options; text form, help and errors derive from them.
@@ -91,6 +94,8 @@ class Pass(ABC):
     produces: ClassVar[Form | None] = None  # None: the form stays
     effect: ClassVar[Effect]
     reads: ClassVar[frozenset[str]] = frozenset()  # the roles of data it reads ("calibration"): part of the cache key
+
+    decided_by: ClassVar[frozenset[str]] = TARGET_PARTS  # the parts of the target that its result depends on: in the cache key too
 
     def requires(self, artifact: Artifact, context: Context) -> None:
         """Raise PreconditionError unless the pass can take `artifact`; runs before anything slow."""

@@ -220,7 +220,7 @@ def _key(body: Pass, artifact: Artifact, context: Context) -> str:
             "deploycc": _code_digest(),
             "input": artifact.digest(),
             "pass": format_spec(body, full=True),
-            "target": context.target.digest_facts(),
+            "target": context.target.digest_facts(body.decided_by),
             "data": {role: context.data.digest(role) for role in sorted(body.reads)},
             "seed": context.seed,
             "versions": _versions(),

@@ -6,6 +6,7 @@ Unknown keys, wrong types and combinations that cannot be right on that hardware
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -116,9 +117,9 @@ class Target(_Table):
             raise ValueError(f"bench: {self.bench.threads} threads on a device with {hardware.cores} cores")
         return self
 
-    def digest_facts(self) -> dict[str, Any]:
-        """What may change the result of a pass (not titles, limits or bench settings)."""
-        return self.model_dump(mode="json", include={"backend", "arch", "hardware", "runtime", "quant"})
+    def digest_facts(self, parts: Collection[str]) -> dict[str, Any]:
+        """What may change the result of a pass that `parts` decide (never titles, limits or bench settings)."""
+        return self.model_dump(mode="json", include=set(parts))
 
 
 def folders() -> tuple[Path, ...]:

@@ -32,6 +32,7 @@ class ExportOnnx(Pass):
     consumes: ClassVar[frozenset[Form]] = frozenset({Form.MODULE, Form.PROGRAM})
     produces: ClassVar[Form | None] = Form.ONNX
     effect: ClassVar = CLOSE(TOLERANCE)
+    decided_by: ClassVar[frozenset[str]] = frozenset({"runtime"})
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Export, name, clean. Raises PassError with both exporters' reasons."""

@@ -17,6 +17,7 @@ class FoldConstants(Pass):
     name: ClassVar[str] = "fold-constants"
     consumes: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
     effect: ClassVar = CLOSE(1e-4)
+    decided_by: ClassVar[frozenset[str]] = frozenset({"runtime"})
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Raises NothingToDo when the graph is already folded."""

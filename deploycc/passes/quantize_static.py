@@ -44,6 +44,7 @@ class QuantizeStatic(Pass):
     name: ClassVar[str] = "quantize-static"
     consumes: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
     effect: ClassVar = LOSSY
+    decided_by: ClassVar[frozenset[str]] = frozenset({"quant"})
     reads: ClassVar[frozenset[str]] = frozenset({"calibration"})
 
     calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy"] | None = None

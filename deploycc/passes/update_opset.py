@@ -23,6 +23,7 @@ class UpdateOpset(Pass):
     name: ClassVar[str] = "update-opset"
     consumes: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
     effect: ClassVar = CLOSE(1e-4)
+    decided_by: ClassVar[frozenset[str]] = frozenset({"runtime"})
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Convert, or only lower the IR version. Raises PassError naming the operator that cannot be converted."""

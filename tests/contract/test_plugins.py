@@ -2,14 +2,15 @@
 
 import dataclasses
 import inspect
+import re
 
 import pytest
 
 from deploycc.core import target as targets
 from deploycc.core.artifact import Form
-from deploycc.core.contract import Backend, DataSource, FormOps, ModelSource, Pass
+from deploycc.core.contract import TARGET_PARTS, Backend, DataSource, FormOps, ModelSource, Pass
 from deploycc.core.pipeline import Pipeline
-from deploycc.core.registry import BACKENDS, DATASETS, FORMS, MODELS, PASSES, Registry, summary
+from deploycc.core.registry import BACKENDS, DATASETS, FORMS, MODELS, PASSES, ROOT, Registry, summary
 from deploycc.core.spec import format_spec
 from deploycc.errors import DeployError, UnknownName
 from deploycc.manual import backend_manual, pass_manual, source_manual, target_manual
@@ -32,6 +33,13 @@ class TestPass:
         assert cls.produces is None or cls.produces in Form
         assert cls.effect.tolerance is None or 0 <= cls.effect.tolerance <= 0.01
         assert cls.reads <= {"calibration", "training", "validation"}
+        assert cls.decided_by <= TARGET_PARTS
+
+    def test_declares_every_part_of_the_target_that_it_reads(self, name):
+        folder = ROOT / "passes"
+        source = (folder / f"{name.replace('-', '_')}.py").read_text()
+        parts = set(re.findall(r"target\.(backend|arch|hardware|runtime|quant)\b", source))
+        assert parts <= PASSES.get_class(name).decided_by
 
     def test_its_text_round_trips(self, name):
         body = PASSES.get(name)

@@ -1,6 +1,7 @@
 import pytest
 
 from deploycc.core import target as targets
+from deploycc.core.contract import TARGET_PARTS
 from deploycc.core.target import Target, load
 from deploycc.errors import TargetError, UnknownName
 
@@ -128,6 +129,7 @@ def test_auto_says_so_when_nothing_fits(monkeypatch):
 
 
 def test_limits_and_titles_do_not_decide_the_result_of_a_pass():
-    facts = make().digest_facts()
-    assert facts == make(title="other", limits={"accuracy_drop": 0.5}).digest_facts()
-    assert facts != make(quant={"per_channel": False}).digest_facts()
+    facts = make().digest_facts(TARGET_PARTS)
+    assert facts == make(title="other", limits={"accuracy_drop": 0.5}).digest_facts(TARGET_PARTS)
+    assert facts != make(quant={"per_channel": False}).digest_facts(TARGET_PARTS)
+    assert make().digest_facts({"runtime"}) == make(quant={"per_channel": False}).digest_facts({"runtime"})
