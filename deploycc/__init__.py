@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from deploycc.driver import Compiled
     from deploycc.planning import Plan
 
-__all__ = ["benchmark", "compile", "load_target", "plan"]
+__all__ = ["benchmark", "compile", "load_target", "plan", "restore"]
 __version__ = "0.1.0"
 
 
@@ -43,6 +43,29 @@ def benchmark(*models: str, data: str | None = None, threads: int = 1, seed: int
     from deploycc.core.target import Bench
 
     return tools.bench_all(models, data=data, inputs={}, weights=None, random_weights=False, settings=Bench(threads=threads), seed=seed)
+
+
+def restore(path: str, module: Any = None) -> Any:
+    """The trained or pruned torch.nn.Module of a bundle's `checkpoint/architecture.json`, in eval mode.
+
+    Args:
+        path: of the architecture.json.
+        module: the module as it was before deploycc, where it was given in Python and not by a text; it is not changed.
+
+    Raises:
+        SourceError: the model's code is missing or changed.
+        StoreError: the edits or weights do not fit `module`.
+    """
+    from pathlib import Path
+
+    from deploycc.core.artifact import Artifact, Form, Signature
+    from deploycc.core.contract import ModelRequest
+    from deploycc.forms.module import ModuleForm
+    from deploycc.sources.models.checkpoint import CheckpointModel
+
+    if module is None:
+        return CheckpointModel().load(ModelRequest(str(path))).model
+    return ModuleForm().load(Path(path).parent, Artifact(Form.MODULE, module, Signature((), ()), "python", edits=()))
 
 
 def load_target(name: str) -> Target:

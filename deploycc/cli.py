@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it: `deploycc --help` and the l
 from __future__ import annotations
 
 import json as json_module
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deploycc import __version__
+from deploycc.core import distributed
 from deploycc.errors import DeployError
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout,
 
 def main() -> None:
     """Entry point: errors become messages and exit statuses."""
+    if not distributed.is_main():  # of several processes, one speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         status = app(standalone_mode=False)  # what typer.Exit carried, or the command's own None
         sys.exit(status if isinstance(status, int) else 0)
@@ -70,6 +74,9 @@ def main() -> None:
         traceback.print_exc()
         print("\nThis is a fault in deploycc, not in your input. Please report it with the lines above.", file=sys.stderr)
         sys.exit(1)
+    finally:
+        if distributed.processes() > 1 and "torch" in sys.modules:
+            sys.modules["torch"].distributed.destroy_process_group()
 
 
 def _complain(error: DeployError) -> None:
@@ -98,12 +105,13 @@ def _progress() -> Iterator[Progress]:
     tasks: dict[str, TaskID] = {}
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
 
-        def show(what: str, done: int, total: int | None) -> None:
+        def show(what: str, done: int, total: int | None, note: str = "") -> None:
             if what not in tasks:
                 for other in tasks.values():
                     bars.update(other, visible=False)
                 tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total, visible=not (total is not None and done >= total))
+            described = f"{what}: {note}" if note else what
+            bars.update(tasks[what], description=described, completed=done, total=total, visible=not (total is not None and done >= total))
 
         yield show
 
@@ -150,6 +158,7 @@ def _options(**given: Any) -> Any:
         output=given.get("output", Path("bundle")),
         zip=given.get("zipped", False),
         dump=given.get("dump"),
+        resume=given.get("resume", True),
     )
 
 
@@ -173,6 +182,7 @@ def compile_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")] = Path("bundle"),
     zipped: Annotated[bool, typer.Option("--zip", help="Write OUTPUT.zip too.")] = False,
     dump: Annotated[Path | None, typer.Option(help="Write the model as text after every pass into this folder.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from what an earlier run finished, down to the epoch.")] = True,
     json: Json = False,
 ) -> None:
     """Compile a model for a target into a checked bundle.

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,24 @@ import numpy as np
 
 from deploycc.bench.accuracy import evaluate, gate
 from deploycc.bench.harness import Candidate, measure
-from deploycc.bench.observer import Latency
+from deploycc.bench.observer import Latency, Quality, Timer
 from deploycc.bench.result import Accuracy, BenchResult
 from deploycc.bench.yardstick import Yardstick
+from deploycc.core import distributed
 from deploycc.core.artifact import Artifact, Form
-from deploycc.core.contract import Built, Context, Progress, enforce, silent
-from deploycc.core.data import check_labels, paired_batches
+from deploycc.core.contract import Built, Context, ModelRequest, Observer, Progress, enforce, silent
+from deploycc.core.data import Data, check_labels, paired_batches
 from deploycc.core.observers import Announce, Dump, Verify
 from deploycc.core.pipeline import Pipeline, Step
 from deploycc.core.registry import FORMS
 from deploycc.core.store import Store, default_root
 from deploycc.decision import COMPILED, EAGER, FLOAT, Attempt, Outcome, best, check_limits, decide
-from deploycc.errors import DataNeeded, Interrupted, MissingDependency
+from deploycc.errors import DataNeeded, Interrupted, MissingDependency, UsageError
 from deploycc.forms.module import example_feeds
 from deploycc.package.bundle import Bundle, check_destination, write
 from deploycc.package.manifest import AttemptRecord, Contents, LimitCheck, record_attempt
-from deploycc.planning import Options, Plan, capture, command_line, plan
+from deploycc.planning import Options, Plan, capture, command_line, find_source, plan, with_transform
+from deploycc.sources._factory import find
 
 PROBES = 8  # real inputs that the bench takes turns over
 GOLDEN = 3
@@ -80,19 +82,25 @@ def compile(model: Any, options: Options, progress: Progress = silent) -> Compil
     started, created = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     planned = plan(model, options)
     _refuse_early(planned, options)
-    reference, data = capture(model, planned.source, options, planned.data)
+    preparation, pipeline = planned.pipeline.preparation()
+    renamed = any(step.body.new_classes for step in preparation.steps)
+    captured, data = capture(model, planned.source, options, planned.data, rename=renamed)
     with _workdir() as work:
-        context = Context(planned.target, reference, data, options.seed, work, progress)
+        context = _context(planned, captured, data, options, work, progress)
+        if not renamed:
+            _check_reference(context, planned)
+        reference = _prepare(preparation, context, options)
+        context = replace(context, reference=reference)
         _check_reference(context, planned)
         job = _Job(planned, options, context)
-        parent = job.attempt(planned.pipeline.lossless())
+        parent = job.attempt(pipeline.lossless())
         attempts: list[Attempt] = []
         bench, interrupted = None, False
         try:
-            for pipeline in _ladder(planned.pipeline):
+            for rung in _ladder(pipeline):
                 if attempts and options.budget_s is not None and time.monotonic() - started > options.budget_s:
                     break
-                attempts.append(job.attempt(pipeline))
+                attempts.append(job.attempt(rung))
                 if attempts[-1].passed:
                     break
             bench = job.measure(parent, attempts)
@@ -101,7 +109,8 @@ def compile(model: Any, options: Options, progress: Progress = silent) -> Compil
         outcome = decide(planned, parent, attempts, bench, interrupted=interrupted)
         shipped = parent if outcome.decision.shipped == FLOAT else best(attempts)
         limits = check_limits(planned, shipped, outcome.decision.shipped, bench)
-        bundle = write(options.output, job.contents(outcome, shipped, limits, created, started), zipped=options.zip)
+        output = options.output if distributed.is_main() else work / "bundle"  # the other processes only train
+        bundle = write(output, job.contents(outcome, shipped, limits, created, started), zipped=options.zip)
         compiled = Compiled(bundle, planned, reference, outcome, shipped, limits, time.monotonic() - started)
     if interrupted:
         raise Interrupted(
@@ -124,6 +133,34 @@ def _refuse_early(planned: Plan, options: Options) -> None:
             fix="add --data DATA (a folder of images, a .npz file, sklearn:digits, file.py:factory), "
             f'or build the float artifact with --passes "{", ".join(f"-{name}" for name in lossy)}"',
         )
+
+
+def _context(planned: Plan, reference: Artifact, data: Data, options: Options, work: Path, progress: Progress) -> Context:
+    """What passes may look at, with the tools that they cannot import themselves."""
+
+    def another(text: str) -> Artifact:
+        request = ModelRequest(text, random_weights=options.random_weights, seed=options.seed)
+        return with_transform(find_source(text).load(request), data)[0]
+
+    def code(text: str) -> Any:
+        return find(text, UsageError)
+
+    context = Context(planned.target, reference, data, options.seed, work, progress, capture=another, code=code)
+    if distributed.processes() > 1:  # each process would measure, and decide, for itself
+        return context
+    return replace(context, timer=Timer(planned.backend, context) if planned.native else None)
+
+
+def _prepare(preparation: Pipeline, context: Context, options: Options) -> Artifact:
+    """The float model that everything after is compared with: as captured, or as the leading passes train it."""
+    if not preparation.steps:
+        return context.reference
+    store = _store(options)
+    return preparation.run(context.reference, context, [Verify(), Announce(), Quality()], store)
+
+
+def _store(options: Options) -> Store:
+    return Store(options.cache or default_root(), reading=options.resume, writing=distributed.is_main())
 
 
 def _check_reference(context: Context, planned: Plan) -> None:
@@ -153,9 +190,11 @@ class _Job:
         self.planned = planned
         self.options = options
         self.context = context
-        self.store = Store(options.cache or default_root())
-        self.observers = [Verify(), Announce(), Latency(planned.backend if planned.native else None)]
-        if options.dump:
+        self.store = _store(options)
+        self.observers: list[Observer] = [Verify(), Announce()]
+        if distributed.is_main():
+            self.observers += [Latency(planned.backend if planned.native else None), Quality()]
+        if options.dump and distributed.is_main():
             self.observers.append(Dump(options.dump))
         self.yardstick = Yardstick(context.reference, planned.target.bench.threads)
         self._built = 0
@@ -185,7 +224,7 @@ class _Job:
 
     def measure(self, parent: Attempt, attempts: Sequence[Attempt]) -> BenchResult | None:
         """Eager PyTorch, the float artifact and what passed, interleaved; None on a machine that is not the target."""
-        if not self.planned.native:
+        if not self.planned.native or not distributed.is_main():
             return None
         reference, target = self.context.reference, self.planned.target
         threads = target.bench.threads

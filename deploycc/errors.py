@@ -83,6 +83,10 @@ class DriftError(PassError):
     """A pass changed the numbers more than it declares."""
 
 
+class TrainingError(PassError):
+    """A training that cannot go on: a loss that is not a number, memory that does not hold a batch."""
+
+
 class UnsupportedError(DeployError):
     """A model holds something that the runtime cannot run."""
 

@@ -50,16 +50,18 @@ def pass_manual(name: str) -> str:
 
 
 def _example(cls: type[Pass]) -> str:
-    first = options_of(cls)[0]
+    first = next((field for field in options_of(cls) if field.name in vars(cls).get("__annotations__", {})), options_of(cls)[0])
     return f"{first.name.replace('_', '-')}=…"
 
 
 def _option_rows(cls: type[Pass]) -> list[tuple[str, str, str]]:
     hints = typing.get_type_hints(cls)
-    texts = _attribute_docs(cls)
+    texts = attribute_docs(cls)
+    shared = {name for base in cls.__mro__[1:] for name in vars(base).get("__annotations__", {})}
+    ordered = sorted(options_of(cls), key=lambda field: field.name in shared)  # its own first
     return [
         (f"{field.name.replace('_', '-')}={_default_text(field)}", type_text(hints[field.name]), texts.get(field.name, ""))
-        for field in options_of(cls)
+        for field in ordered
     ]
 
 
@@ -82,12 +84,13 @@ def type_text(kind: Any) -> str:
     return {bool: "true | false", int: "whole number", float: "number", str: "text"}.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-def _attribute_docs(cls: type[Any]) -> dict[str, str]:
-    """The `Attributes:` section of a docstring, by name."""
-    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
+def attribute_docs(cls: type[Any]) -> dict[str, str]:
+    """The `Attributes:` sections of the docstrings of a class and its bases, by name."""
     found: dict[str, str] = {}
-    for match in re.finditer(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
-        found[match.group(1)] = " ".join(match.group(2).split())
+    for base in reversed(cls.__mro__):
+        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        for match in re.finditer(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
+            found[match.group(1)] = " ".join(match.group(2).split())
     return found
 
 

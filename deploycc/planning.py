@@ -43,6 +43,7 @@ class Options:
         zip: write `output`.zip too.
         dump: folder for the model as text after every pass.
         cache: root of the store of finished passes; None = the user's cache folder.
+        resume: go on from what an earlier run of the same compile finished, down to the epoch; False = do everything afresh.
     """
 
     target: str | Target = "auto"
@@ -63,6 +64,7 @@ class Options:
     zip: bool = False
     dump: Path | None = None
     cache: Path | None = None
+    resume: bool = True
 
 
 def options(**given: Any) -> Options:
@@ -206,15 +208,25 @@ def open_data(options: Options) -> Data:
     )
 
 
-def capture(model: Any, source: ModelSource, options: Options, data: Data) -> tuple[Artifact, Data]:
-    """Load the model, and number the labels like its classes; a transform that the data set declares wins over the model's own."""
+def capture(model: Any, source: ModelSource, options: Options, data: Data, *, rename: bool = False) -> tuple[Artifact, Data]:
+    """Load the model, and number the labels like its classes; a transform that the data set declares wins over the model's own.
+
+    With `rename` the model will get another head: its classes become the data's.
+    """
     request = ModelRequest(
         text=text_of(model), weights=options.weights, random_weights=options.random_weights, inputs=options.inputs, seed=options.seed
     )
     artifact = source.load(request)
-    declared = data.dataset.transform if data.dataset else None
-    artifact = replace(artifact, transform=declared) if declared else artifact
-    return artifact, data.matched(artifact.transform.classes if artifact.transform else None)
+    return with_transform(artifact, data, rename=rename)
+
+
+def with_transform(artifact: Artifact, data: Data, *, rename: bool = False) -> tuple[Artifact, Data]:
+    """What the data set declares wins over the model's own transform, which wins over the data set's fallback."""
+    dataset = data.dataset
+    transform = (dataset.transform or artifact.transform or dataset.fallback) if dataset else artifact.transform
+    if rename and transform is not None:
+        transform = replace(transform, classes=data.classes)
+    return replace(artifact, transform=transform), data.matched(transform.classes if transform else None)
 
 
 UNITS = {
@@ -266,4 +278,5 @@ def command_line(planned: Plan, model: str, options: Options) -> str:
     words += [word for key, (value, unit) in numbers.items() if value is not None for word in (f"--{key}", f"{value:g}{unit}")]
     words += [word for name, shape in options.inputs.items() for word in ("--input", f"{name}:{'x'.join(map(str, shape))}")]
     words += ["--seed", str(options.seed)] if options.seed else []
+    words += [] if options.resume else ["--no-resume"]
     return shlex.join([*words, "-o", str(options.output)])

@@ -193,7 +193,7 @@ def shown_json(found: Shown) -> dict[str, Any]:
 
 def passes_table(history: Sequence[Receipt]) -> Table:
     """One row per pass."""
-    table = _table("pass", "bytes", "MACs", "ms p50 [95 %]", "SQNR to float", "seconds", left=1)
+    table = _table("pass", "bytes", "MACs", "ms p50 [95 %]", "metric", "SQNR to float", "seconds", left=1)
     for receipt in history:
         name = receipt.spec.partition("{")[0] + ("" if receipt.changed else " (nothing to do)")
         drift = receipt.to_reference
@@ -203,6 +203,7 @@ def passes_table(history: Sequence[Receipt]) -> Table:
             size(receipt.stats.bytes),
             count(receipt.stats.macs),
             interval(receipt.latency_ms),
+            ", ".join(f"{key} {value:.4g}" for key, value in receipt.quality.items()) or DASH,
             decibel(drift.sqnr_db if drift else None),
             seconds,
         )

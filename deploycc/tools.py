@@ -27,7 +27,10 @@ from deploycc.runtime import host, sessions
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
 
 Shapes = Mapping[str, tuple[int | str, ...]]
-OPTIONAL = {"sklearn": ("scikit-learn (data source sklearn:digits)", "pip install 'deploycc[sklearn]'")}
+OPTIONAL = {
+    "accelerate": ("accelerate (passes that train)", "pip install 'deploycc[train]'"),
+    "sklearn": ("scikit-learn (data source sklearn:digits)", "pip install 'deploycc[sklearn]'"),
+}
 INTERESTING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve")
 
 
@@ -88,7 +91,7 @@ def _opener(artifact: Artifact, threads: int, work: Path) -> Callable[[], Sessio
     if artifact.form is not Form.ONNX:
         return lambda: FORMS.get(artifact.form.value).open(artifact, threads=threads)
     work.mkdir()
-    FORMS.get(Form.ONNX.value).save(artifact.model, work)
+    FORMS.get(Form.ONNX.value).save(artifact, work)
     path = next(path for path in sorted(work.iterdir()) if path.suffix == ".onnx")
     return lambda: sessions.find("onnxruntime").open(path, artifact.signature, {}, threads)
 

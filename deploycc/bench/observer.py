@@ -1,4 +1,4 @@
-"""Puts the latency of every pass's result into its receipt: the waterfall of the report.
+"""Puts the latency and the accuracy of every pass's result into its receipt: the waterfall of the report.
 
 A result that the backend takes is built and timed in the target's own runtime; before that, in eager PyTorch. A graph is never timed
 in the reference session, which leaves Q/DQ unfused: that would be the latency of a simulation.
@@ -7,14 +7,25 @@ in the reference session, which leaves Q/DQ unfused: that would be the latency o
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from deploycc.bench.accuracy import evaluate
+from deploycc.bench.harness import Candidate, measure
 from deploycc.core.artifact import Artifact, Form, Receipt
-from deploycc.core.contract import Backend, Context, Pass, Session
+from deploycc.core.contract import Backend, Built, Context, Pass, Session
+from deploycc.core.data import paired_batches
+from deploycc.core.pipeline import Pipeline
 from deploycc.core.registry import FORMS
+from deploycc.core.target import Bench
+from deploycc.forms.module import example_feeds
 from deploycc.runtime.measure import summarize, time_interleaved
 
+JUDGED = 2000  # validation samples that a pass's accuracy is taken on; the artifact is judged on all
+TIMER = Bench(min_seconds=0.4, min_runs=30)
+TIMER_CALIBRATION = 8  # samples: ranges do not change a latency
 SECONDS = 0.25
 WARMUP_SECONDS = 0.05
 RUNS = 10
@@ -54,3 +65,56 @@ class Latency:
         if artifact.form is Form.ONNX:
             return None
         return FORMS.get(artifact.form.value).open(artifact, threads=threads)
+
+
+class Quality:
+    """Judges each lossy pass's result on validation samples, in the form that it has: what the pass cost.
+
+    The shipped artifact is judged apart, on all samples and in its own runtime.
+    """
+
+    def __init__(self, samples: int = JUDGED) -> None:
+        self.samples = samples
+
+    def before(self, step: Pass, artifact: Artifact, context: Context) -> None:
+        """Nothing to do."""
+
+    def after(self, step: Pass, before: Artifact, after: Artifact, receipt: Receipt, context: Context) -> Receipt:
+        """Add {metric: value}; nothing where labels are missing."""
+        if not receipt.changed or step.effect.tolerance is not None or not context.data.has("validation"):
+            return receipt
+        part = context.data.part("validation")
+        if not part.labelled:
+            return receipt
+        threads = context.target.bench.threads
+        form = FORMS.get(after.form.value)
+        pairs = paired_batches(part.limited(self.samples, seed=0), after, after)
+        with form.open(after, threads=threads) as session:
+            found = evaluate(session, session, pairs)
+        return replace(receipt, quality={found.metric: found.candidate})
+
+
+class Timer:
+    """Latencies of modules as they would ship: sent through the passes that follow (training left out), built, timed interleaved."""
+
+    def __init__(self, backend: Backend, context: Context) -> None:
+        self.backend = backend
+        self.context = replace(context, data=context.data.with_calibration(TIMER_CALIBRATION))
+
+    def __call__(self, artifacts: Mapping[str, Artifact], following: Pipeline) -> dict[str, float]:
+        """p50 in ms by name. Raises what the passes and the backend raise."""
+        pipeline, context = following.untrained(), self.context
+        settings = TIMER.model_copy(update={"threads": context.target.bench.threads})
+        with ExitStack() as stack:
+            candidates: list[Candidate] = []
+            for name, artifact in artifacts.items():
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=context.workdir)))
+                final = pipeline.run(artifact, context)
+                built = self.backend.build(final, context.target, folder)
+                feeds = context.data.probe(final, 1) or [example_feeds(final.signature)]
+                candidates.append(Candidate(name, self._opener(built), feeds))
+            result = measure(candidates, settings=settings, seed=context.seed)
+        return {item.name: item.p50_ms for item in result.measurements}
+
+    def _opener(self, built: Built) -> Callable[[], Session]:
+        return lambda: self.backend.open(built, self.context.target, threads=self.context.target.bench.threads)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from deploycc.runtime.signature import Feeds, Outputs, Signature, TensorSpec
@@ -89,6 +91,8 @@ class Receipt:
         to_reference: drift of the result from the float reference.
         to_input: drift of the result from what the pass was given.
         notes: what the user should know (fall-backs, operators left out, …).
+        details: facts too long for a note, as JSON values (loss curves, what was pruned).
+        quality: the metric on validation samples after the pass, with its name: {"top1": 0.93}; empty when not measured.
         seconds: wall time of the pass.
         cached: the result came from the store.
         latency_ms: (p50, low, high) of one call in this process, 95 % bootstrap interval of the median; None if not measured.
@@ -102,6 +106,8 @@ class Receipt:
     to_reference: Drift | None = None
     to_input: Drift | None = None
     notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    quality: Mapping[str, float] = field(default_factory=dict[str, float])
     seconds: float = 0.0
     cached: bool = False
     latency_ms: tuple[float, float, float] | None = None
@@ -121,6 +127,11 @@ class Artifact:
         history: one receipt per pass.
         notices: what must be said wherever a number of this model is shown ("random weights: accuracy not valid").
         notes: what the pass that made this artifact wants in its receipt; the runner moves them there.
+        details: likewise, as JSON values.
+        edits: JSON values that make this MODULE's architecture out of what the source makes (`forms/_edits.py`): with them and its
+            weights it can be stored and rebuilt without pickle. None: a pass rewrote it in a way that they do not tell.
+        sparse: names of parameters whose zeros later training must keep.
+        checkpoint: folder with the last rebuildable module (architecture.json, weights.safetensors), or None.
     """
 
     form: Form
@@ -132,10 +143,17 @@ class Artifact:
     history: tuple[Receipt, ...] = ()
     notices: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    edits: tuple[Mapping[str, Any], ...] | None = None
+    sparse: tuple[str, ...] = ()
+    checkpoint: Path | None = None
 
     def evolve(self, model: Any, **changes: Any) -> Artifact:
-        """The same artifact with another model, and whatever else the pass changed."""
-        return replace(self, model=model, **changes)
+        """The same artifact with another model, and whatever else the pass changed.
+
+        A pass that does not say which `edits` lead to the new model gives one that cannot be rebuilt from them.
+        """
+        return replace(self, model=model, **{"edits": None, **changes})
 
     def digest(self) -> str:
         """SHA-256 over the model, its signature, transform and quantization: cache key, manifest entry, replay check."""

@@ -21,6 +21,7 @@ from deploycc.runtime.transform import Transform
 
 if TYPE_CHECKING:
     from deploycc.core.data import Data
+    from deploycc.core.pipeline import Pipeline
     from deploycc.core.target import Target
 
 
@@ -48,12 +49,12 @@ def CLOSE(tolerance: float) -> Effect:  # noqa: N802  (reads as the third of EXA
 class Progress(Protocol):
     """Told how far a long step is; the command line draws it, a test ignores it."""
 
-    def __call__(self, what: str, done: int, total: int | None) -> None:
-        """`done` of `total` (None: unknown) steps of `what` are finished."""
+    def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
+        """`done` of `total` (None: unknown) steps of `what` are finished; `note` is shown beside it (the loss of a training)."""
         ...
 
 
-def silent(what: str, done: int, total: int | None) -> None:
+def silent(what: str, done: int, total: int | None, note: str = "") -> None:
     """A Progress that shows nothing."""
 
 
@@ -68,6 +69,12 @@ class Context:
         seed: of every random choice.
         workdir: scratch folder, gone after the run.
         progress: call it in loops that may take over two seconds.
+        capture: another model by the text that a user names it by (a teacher, a student). Raises SourceError and UsageError.
+        timer: p50 latencies in ms of modules, by name, built for the target after the passes that follow; None where this machine
+            is not the target's.
+        code: a function of the user's by `file.py:name`.
+        following: the passes after this one, as text and for `timer`.
+        resume: a folder that outlives a killed run, of this pass on this input; None without a store.
     """
 
     target: Target
@@ -76,6 +83,32 @@ class Context:
     seed: int
     workdir: Path
     progress: Progress = silent
+    capture: Callable[[str], Artifact] | None = None
+    timer: Callable[[Mapping[str, Artifact], Pipeline], dict[str, float]] | None = None
+    code: Callable[[str], Any] | None = None
+    following: Pipeline | None = None
+    resume: Path | None = None
+
+    def model(self, text: str) -> Artifact:
+        """The model that `text` names. Raises PreconditionError where this run cannot capture one, else what the source raises."""
+        if self.capture is None:
+            raise PreconditionError(f"'{text}' cannot be captured here", fix="run the pipeline through deploycc.compile")
+        return self.capture(text)
+
+    def function(self, text: str) -> Any:
+        """The user's function that `text` (file.py:name) names. Raises PreconditionError where this run cannot import one."""
+        if self.code is None:
+            raise PreconditionError(f"'{text}' cannot be imported here", fix="run the pipeline through deploycc.compile")
+        return self.code(text)
+
+    def latency(self, artifacts: Mapping[str, Artifact]) -> dict[str, float]:
+        """p50 in ms of each artifact, in one interleaved run on the target's runtime. Raises PreconditionError where it cannot be had."""
+        if self.timer is None or self.following is None:
+            raise PreconditionError(
+                f"latency cannot be measured: this machine is not what target '{self.target.name}' is for, or several processes train",
+                fix="give another goal (macs=0.5), or compile on the target's own machine, in one process",
+            )
+        return self.timer(artifacts, self.following)
 
 
 TARGET_PARTS = frozenset({"backend", "arch", "hardware", "runtime", "quant"})
@@ -95,7 +128,14 @@ class Pass(ABC):
     effect: ClassVar[Effect]
     reads: ClassVar[frozenset[str]] = frozenset()  # the roles of data it reads ("calibration"): part of the cache key
 
+    prepares: ClassVar[bool] = False  # before anything else it makes the float model that all that follows is compared with
+    looks_ahead: ClassVar[bool] = False  # its result depends on the passes that follow (it measures what they will make)
     decided_by: ClassVar[frozenset[str]] = TARGET_PARTS  # the parts of the target that its result depends on: in the cache key too
+
+    @property
+    def new_classes(self) -> int | None:
+        """How many classes the model has after the pass, where it gets another head."""
+        return None
 
     def requires(self, artifact: Artifact, context: Context) -> None:
         """Raise PreconditionError unless the pass can take `artifact`; runs before anything slow."""
@@ -167,16 +207,16 @@ class FormOps(Protocol):
         """Bytes, parameters, MACs."""
         ...
 
-    def storable(self, model: Any) -> bool:
-        """Whether `save` can write it without pickle."""
+    def storable(self, artifact: Artifact) -> bool:
+        """Whether `save` can write its model without pickle."""
         ...
 
-    def save(self, model: Any, folder: Path) -> None:
-        """Write it into an existing, empty folder; the same bytes for the same model."""
+    def save(self, artifact: Artifact, folder: Path) -> None:
+        """Write its model into an existing, empty folder; the same bytes for the same model."""
         ...
 
-    def load(self, folder: Path) -> Any:
-        """Read what `save` wrote."""
+    def load(self, folder: Path, base: Artifact) -> Any:
+        """Read what `save` wrote; `base` is an artifact of the same source, of which a module's architecture is made anew."""
         ...
 
     def open(self, artifact: Artifact, *, threads: int) -> Session:
@@ -369,12 +409,14 @@ class Dataset:
         splits: "all", or any of "train", "val", "calibration".
         classes: class names in index order, where known.
         transform: how samples become feeds, where the data set declares it; overrides the model's own.
+        fallback: how pictures become feeds when neither the data set nor the model declares it.
     """
 
     name: str
     splits: Mapping[str, Split]
     classes: tuple[str, ...] | None = None
     transform: Transform | None = None
+    fallback: Transform | None = None
 
 
 @runtime_checkable

@@ -21,6 +21,13 @@ from deploycc.errors import DataError, DataNeeded
 
 CALIBRATION_SAMPLES = 256
 CALIBRATION_SHARE = 4  # one in four items of an unsplit data set calibrates
+KINDS = "a folder of images, a .npz file, sklearn:digits or file.py:factory"
+FIXES = {
+    "calibration": f"add --data DATA or --calibration DATA: {KINDS}",
+    "validation": f"add --data DATA: {KINDS}",
+    "training": "add --data DATA with a train split: a folder with train/ and val/, fashion-mnist:DIR, mnist:DIR, sklearn:digits, or "
+    'file.py:factory that returns {"train": …, "val": …}',
+}
 SMALLEST_SHARED = 16  # below this many items the set is not divided
 
 
@@ -90,6 +97,10 @@ class Data:
             return self
         return Data(match_classes(self.dataset, classes), self._other, seed=self._seed, calibration_samples=self._limit)
 
+    def with_calibration(self, samples: int) -> Data:
+        """The same samples, of which at most so many calibrate."""
+        return Data(self.dataset, self._other, seed=self._seed, calibration_samples=samples)
+
     def has(self, role: str) -> bool:
         """Whether there are samples for `role` ("calibration", "training" or "validation")."""
         return len(self._parts.get(role, ())) > 0
@@ -97,11 +108,7 @@ class Data:
     def part(self, role: str) -> Part:
         """The samples of `role`; raises DataNeeded with the fix when there are none."""
         if not self.has(role):
-            option = "--data DATA or --calibration DATA" if role == "calibration" else "--data DATA"
-            raise DataNeeded(
-                f"this needs {role} data, and none was given",
-                fix=f"add {option}: a folder of images, a .npz file, sklearn:digits or file.py:factory",
-            )
+            raise DataNeeded(f"this needs {role} data, and none was given", fix=FIXES[role])
         return self._parts[role]
 
     def calibration(self, artifact: Artifact) -> Iterator[dict[str, np.ndarray]]:

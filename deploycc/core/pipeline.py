@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -112,6 +112,15 @@ class Pipeline:
                 continue
             return Pipeline(tuple(steps))
 
+    def preparation(self) -> tuple[Pipeline, Pipeline]:
+        """(the leading passes that make the float model which everything after is compared with, the rest)."""
+        count = next((index for index, step in enumerate(self.steps) if not step.body.prepares), len(self.steps))
+        return Pipeline(self.steps[:count]), Pipeline(self.steps[count:])
+
+    def untrained(self) -> Pipeline:
+        """Without the passes that train: what decides an artifact's latency, and takes seconds."""
+        return Pipeline(tuple(step for step in self.steps if "training" not in step.body.reads))
+
     def lossless(self) -> Pipeline:
         """Without the lossy passes: what makes the float artifact that int8 has to beat."""
         return Pipeline(tuple(step for step in self.steps if step.body.effect.tolerance is not None))
@@ -127,9 +136,10 @@ class Pipeline:
         """Send `artifact` through. An error of a pass gets the passes before it as a note."""
         self.check(artifact.form)
         done: list[str] = []
-        for step in self.steps:
+        for index, step in enumerate(self.steps, 1):
             try:
-                artifact = _run_step(step, artifact, context, observers, store)
+                ahead = replace(context, following=Pipeline(self.steps[index:]))
+                artifact = _run_step(step, artifact, ahead, observers, store)
             except DeployError as error:
                 error.add_note(f"in pass '{format_spec(step.body)}'" + (f", after {', '.join(done)}" if done else ""))
                 raise
@@ -178,9 +188,11 @@ def _run_step(step: Step, artifact: Artifact, context: Context, observers: Seque
     for observer in observers:
         observer.before(body, artifact, context)
     key = _key(body, artifact, context) if store else ""
+    context = replace(context, resume=store.progress(key) if store else None)
     started = time.perf_counter()
-    stored = _from_store(store, key, artifact) if store else None
+    stored = _from_store(store, key, artifact, context) if store else None
     notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = {}
     changed = True
     if stored is not None:
         after, cached = stored, True
@@ -193,12 +205,12 @@ def _run_step(step: Step, artifact: Artifact, context: Context, observers: Seque
                 raise
             after, changed, notes = artifact, False, (nothing.what,)
     if changed:
-        notes, after = after.notes, replace(after, notes=())
+        notes, details, after = after.notes, after.details, replace(after, notes=(), details={})
     form: FormOps = FORMS.get(after.form.value)
-    if store and changed and not cached and form.storable(after.model):
-        store.put(key, _facts(after, notes), lambda folder: form.save(after.model, folder))
-    if cached and stored is not None:
-        notes = stored.notes
+    if store and changed and not cached and form.storable(after):
+        store.put(key, _facts(after, notes, details), lambda folder: form.save(after, folder))
+    if changed and after.form is Form.MODULE and after.edits is not None:
+        after = replace(after, checkpoint=_checkpoint(after, context))
     receipt = Receipt(
         spec=format_spec(body, full=True),
         changed=changed,
@@ -206,6 +218,7 @@ def _run_step(step: Step, artifact: Artifact, context: Context, observers: Seque
         digest=after.digest(),
         stats=form.stats(after),
         notes=notes,
+        details=details,
         seconds=time.perf_counter() - started,
         cached=cached,
     )
@@ -222,6 +235,9 @@ def _key(body: Pass, artifact: Artifact, context: Context) -> str:
             "pass": format_spec(body, full=True),
             "target": context.target.digest_facts(body.decided_by),
             "data": {role: context.data.digest(role) for role in sorted(body.reads)},
+            "reference": context.reference.digest() if body.reads & {"training"} else "",
+            "sparse": list(artifact.sparse),
+            "following": str(context.following) if body.looks_ahead else "",
             "seed": context.seed,
             "versions": _versions(),
         }
@@ -242,8 +258,21 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")}
 
 
-def _facts(after: Artifact, notes: tuple[str, ...]) -> dict[str, Any]:
+def _checkpoint(after: Artifact, context: Context) -> Path:
+    """The module in a folder of this run, for the bundle: it can be rebuilt and trained on."""
+    folder = context.workdir / "checkpoints" / after.digest()
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        FORMS.get(after.form.value).save(after, folder)
+    return folder
+
+
+def _facts(after: Artifact, notes: tuple[str, ...], details: Mapping[str, Any]) -> dict[str, Any]:
     return {
+        "source": after.source,
+        "edits": list(after.edits) if after.edits is not None else None,
+        "sparse": list(after.sparse),
+        "details": dict(details),
         "form": after.form.value,
         "signature": after.signature.to_json(),
         "transform": after.transform.to_json() if after.transform else None,
@@ -253,16 +282,21 @@ def _facts(after: Artifact, notes: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _from_store(store: Store, key: str, before: Artifact) -> Artifact | None:
+def _from_store(store: Store, key: str, before: Artifact, context: Context) -> Artifact | None:
     found = store.get(key)
     if found is None:
         return None
     facts, folder = found
+    base = before if facts["source"] == before.source else context.model(facts["source"])
     quant: dict[str, Any] | None = facts["quant"]
     if quant:
         quant = {**quant, "left_float": tuple((str(a), str(b)) for a, b in quant["left_float"])}
     return before.evolve(
-        FORMS.get(facts["form"]).load(Path(folder)),
+        FORMS.get(facts["form"]).load(Path(folder), base),
+        source=facts["source"],
+        edits=tuple(facts["edits"]) if facts["edits"] is not None else None,
+        sparse=tuple(facts["sparse"]),
+        details=facts["details"],
         form=Form(facts["form"]),
         signature=Signature.from_json(facts["signature"]),
         transform=Transform.from_json(facts["transform"]) if facts["transform"] else None,

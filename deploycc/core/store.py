@@ -32,9 +32,11 @@ def default_root() -> Path:
 class Store:
     """A folder of finished results."""
 
-    def __init__(self, root: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+    def __init__(self, root: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES, reading: bool = True, writing: bool = True) -> None:
         self.root = root / "store"
         self.limit_bytes = limit_bytes
+        self.reading = reading  # False: everything is done afresh
+        self.writing = writing  # False: another process of the same run writes
 
     @staticmethod
     def key(parts: Mapping[str, Any]) -> str:
@@ -44,7 +46,7 @@ class Store:
     def get(self, key: str) -> tuple[dict[str, Any], Path] | None:
         """The facts and the folder of an entry, or None. A damaged entry counts as absent and is removed."""
         folder = self.root / key
-        if not folder.is_dir():
+        if not self.reading or not folder.is_dir():
             return None
         try:
             facts = json.loads((folder / ENTRY).read_text())
@@ -57,8 +59,14 @@ class Store:
         os.utime(folder)
         return facts["facts"], folder
 
+    def progress(self, key: str) -> Path:
+        """Where a pass may keep what it needs to go on after a kill; it makes the folder, and it is gone when the entry is put."""
+        return self.root.parent / "progress" / key
+
     def put(self, key: str, facts: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         """Let `write` fill a folder, then make it the entry `key` in one rename. Raises StoreError when it cannot be written."""
+        if not self.writing:
+            return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.root))
@@ -68,6 +76,8 @@ class Store:
             write(work)
             files = {path.name: file_digest(path) for path in sorted(work.iterdir())}
             (work / ENTRY).write_text(json.dumps({"facts": dict(facts), "files": files}, sort_keys=True))
+            if not self.reading:
+                shutil.rmtree(self.root / key, ignore_errors=True)
             if not (self.root / key).exists():
                 work.rename(self.root / key)
         except OSError as error:
@@ -76,6 +86,7 @@ class Store:
             ) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(self.progress(key), ignore_errors=True)
         self._shrink(keep=key)
 
     def _shrink(self, keep: str) -> None:

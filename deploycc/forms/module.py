@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +18,7 @@ from deploycc.errors import SourceError, StoreError
 if TYPE_CHECKING:
     import torch
 
+ARCHITECTURE, WEIGHTS = "architecture.json", "weights.safetensors"
 DYNAMIC_EXAMPLE = 2  # size given to a named axis when an example is needed: 0 and 1 are special-cased by exporters
 EXAMPLE_SIZES = (DYNAMIC_EXAMPLE, 8, 32, 64, 224)  # tried in turn for named axes other than the first: a picture of 2 × 2 is too small
 
@@ -45,17 +48,39 @@ class ModuleForm:
         weights = [part for value in artifact.model.state_dict().values() for part in _tensors(value)]
         return ModelStats(bytes=sum(part.nbytes for part in weights), parameters=sum(part.size for part in weights), macs=_macs(artifact))
 
-    def storable(self, model: torch.nn.Module) -> bool:
-        """Never: a module's structure only unpickles. Passes on modules are repeated when a compile resumes."""
-        return False
+    def storable(self, artifact: Artifact) -> bool:
+        """When its edits tell how the architecture is made of what the source makes. Other passes are repeated on resume."""
+        return artifact.edits is not None
 
-    def save(self, model: torch.nn.Module, folder: Path) -> None:
-        """Refused, see `storable`."""
-        raise StoreError("an nn.Module cannot be stored without pickle", fix="export it first (export-onnx)")
+    def save(self, artifact: Artifact, folder: Path) -> None:
+        """Write architecture.json (source, edits) and weights.safetensors. Raises StoreError when it is not storable."""
+        if artifact.edits is None:
+            raise StoreError("this nn.Module cannot be stored without pickle", fix="export it first (export-onnx)")
+        from safetensors.torch import save_file
 
-    def load(self, folder: Path) -> torch.nn.Module:
-        """Refused, see `storable`."""
-        raise StoreError("an nn.Module cannot be stored without pickle", fix="export it first (export-onnx)")
+        facts = {"source": artifact.source, "edits": list(artifact.edits), "sparse": list(artifact.sparse)}
+        (folder / ARCHITECTURE).write_text(json.dumps(facts, sort_keys=True), encoding="utf-8")
+        save_file({key: value.detach().clone().contiguous() for key, value in artifact.model.state_dict().items()}, folder / WEIGHTS)
+
+    def load(self, folder: Path, base: Artifact) -> torch.nn.Module:
+        """The module anew: a copy of `base` (same source, an earlier state), the edits it lacks, the weights. Raises StoreError."""
+        from safetensors.torch import load_file
+
+        from deploycc.forms._edits import apply_edits
+
+        edits = json.loads((folder / ARCHITECTURE).read_text(encoding="utf-8"))["edits"]
+        known = list(base.edits or ())
+        if edits[: len(known)] != json.loads(json.dumps(known)):
+            raise StoreError(f"{folder} does not continue from {base.source}", fix="start from the model that it was made of")
+        module = apply_edits(copy.deepcopy(base.model), edits[len(known) :])
+        try:
+            module.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+        except RuntimeError as error:
+            raise StoreError(
+                f"the weights in {folder} do not fit {base.source}: {str(error).splitlines()[-1].strip()}",
+                fix="the model's code changed: use the code it was compiled from",
+            ) from error
+        return module.eval()
 
     def open(self, artifact: Artifact, *, threads: int) -> ModuleSession:
         """Eager PyTorch."""

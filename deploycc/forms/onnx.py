@@ -55,15 +55,15 @@ class OnnxForm:
             macs=None if macs is None else sum(macs.values()),
         )
 
-    def storable(self, model: ir.Model) -> bool:
+    def storable(self, artifact: Artifact) -> bool:
         """Yes."""
         return True
 
-    def save(self, model: ir.Model, folder: Path) -> None:
+    def save(self, artifact: Artifact, folder: Path) -> None:
         """Write model.onnx, and model.onnx.data when the weights do not fit into it."""
-        write(model, folder)
+        write(artifact.model, folder)
 
-    def load(self, folder: Path) -> ir.Model:
+    def load(self, folder: Path, base: Artifact) -> ir.Model:
         """Read what `save` wrote."""
         return read(folder / FILE)
 

@@ -35,17 +35,17 @@ class ProgramForm:
         """As for its module."""
         return ModuleForm().stats(artifact.evolve(artifact.model.module()))
 
-    def storable(self, model: ExportedProgram) -> bool:
+    def storable(self, artifact: Artifact) -> bool:
         """Yes, as .pt2."""
         return True
 
-    def save(self, model: ExportedProgram, folder: Path) -> None:
+    def save(self, artifact: Artifact, folder: Path) -> None:
         """Write model.pt2."""
         import torch
 
-        torch.export.save(model, folder / FILE)
+        torch.export.save(artifact.model, folder / FILE)
 
-    def load(self, folder: Path) -> ExportedProgram:
+    def load(self, folder: Path, base: Artifact) -> ExportedProgram:
         """Read model.pt2."""
         return read(folder / FILE)
 

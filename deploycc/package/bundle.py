@@ -30,6 +30,7 @@ from deploycc.package.report import render
 from deploycc.runtime.bundle import MANIFEST, Golden, write_golden
 
 GOLDEN, TRANSFORM, RUNNER, REPORT = "golden.npz", "transform.json", "runner.pyz", "report.html"
+CHECKPOINT = "checkpoint"  # the module before it was exported: to train on, or to compile for another target
 FLOAT_TOLERANCE = 1e-4
 INT8_STEPS = 8
 INT8_LEVELS = 255
@@ -127,6 +128,11 @@ def _fill(work: Path, contents: Contents) -> Manifest:
         text = json.dumps(contents.artifact.transform.to_json(), indent=1, ensure_ascii=False)
         (work / TRANSFORM).write_text(text + "\n", encoding="utf-8")
         roles[TRANSFORM] = "transform"
+    if contents.artifact.checkpoint:
+        (work / CHECKPOINT).mkdir()
+        for path in sorted(contents.artifact.checkpoint.iterdir()):
+            shutil.copyfile(path, work / CHECKPOINT / path.name)
+            roles[f"{CHECKPOINT}/{path.name}"] = "checkpoint"
     write_runner(work / RUNNER)
     roles[RUNNER] = "runner"
     manifest = describe(contents)

@@ -33,7 +33,7 @@ class _Record(BaseModel):
 
 
 class FileEntry(_Record):
-    """A file of the bundle. Roles: model, model-data, golden, transform, runner, report."""
+    """A file of the bundle. Roles: model, model-data, golden, transform, checkpoint, runner, report."""
 
     path: str
     role: str
@@ -60,6 +60,8 @@ class ReceiptRecord(_Record):
     to_reference: Drift | None
     to_input: Drift | None
     notes: tuple[str, ...]
+    details: dict[str, Any] = Field(default_factory=dict[str, Any])
+    quality: dict[str, float] = Field(default_factory=dict[str, float])
     measured: ReceiptTimes
 
 
@@ -305,6 +307,8 @@ def record_receipt(receipt: Receipt) -> ReceiptRecord:
         to_reference=receipt.to_reference,
         to_input=receipt.to_input,
         notes=receipt.notes,
+        details=dict(receipt.details),
+        quality=dict(receipt.quality),
         measured=ReceiptTimes(seconds=receipt.seconds, cached=receipt.cached, latency_ms=receipt.latency_ms),
     )
 

@@ -151,6 +151,7 @@ def charts(receipts: Sequence[ReceiptRecord]) -> list[Chart]:
             lambda step: step.measured.latency_ms[0] if step.measured.latency_ms else None,
             lambda value: f"{value:.2f} ms",
         ),
+        ("Accuracy on validation samples", lambda step: next(iter(step.quality.values()), None), percent),
         ("SQNR against the float model", lambda step: step.to_reference.sqnr_db if step.to_reference else None, decibels),
     ]
     found = [Chart(title, _bars(steps, value, text)) for title, value, text in parts]

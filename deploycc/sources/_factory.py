@@ -42,6 +42,22 @@ def names_factory(text: str, taken: tuple[str, ...]) -> bool:
 
 def make(text: str, error: type[DeployError]) -> Made:
     """Import and call the factory that `text` names. Raises `error`, with the user's exception as its cause."""
+    with _found(text, error) as (module, factory, where, name):
+        try:
+            return Made(factory() if not _is_value(factory) else factory, module)
+        except (Exception, SystemExit) as cause:
+            raise error(f"{name}() in {where} raised {_told(cause)}", fix="correct the factory; it is called without arguments") from cause
+
+
+def find(text: str, error: type[DeployError]) -> Any:
+    """The function that `text` (file.py:name) names, not called. Raises `error`."""
+    with _found(text, error) as (_, function, _, _):
+        return function
+
+
+@contextmanager
+def _found(text: str, error: type[DeployError]) -> Iterator[tuple[ModuleType, Any, str, str]]:
+    """(module, what is named, where, name), with its folder on sys.path."""
     match = _FILE.fullmatch(text) or _PACKAGE.fullmatch(text)
     if match is None:
         raise error(f"'{text}' does not name a factory", fix="write file.py:factory or package.module:factory")
@@ -51,11 +67,7 @@ def make(text: str, error: type[DeployError]) -> Made:
         raise error(f"there is no file {where}", fix=f"correct the path in '{text}'")
     with _importable(Path(where).resolve().parent if is_file else Path.cwd()):
         module = _import_file(Path(where), error) if is_file else _import_package(where, error)
-        factory = _attribute(module, name, where, error)
-        try:
-            return Made(factory() if not _is_value(factory) else factory, module)
-        except (Exception, SystemExit) as cause:
-            raise error(f"{name}() in {where} raised {_told(cause)}", fix="correct the factory; it is called without arguments") from cause
+        yield module, _attribute(module, name, where, error), where, name
 
 
 @contextmanager

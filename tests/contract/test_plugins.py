@@ -13,7 +13,7 @@ from deploycc.core.pipeline import Pipeline
 from deploycc.core.registry import BACKENDS, DATASETS, FORMS, MODELS, PASSES, ROOT, Registry, summary
 from deploycc.core.spec import format_spec
 from deploycc.errors import DeployError, UnknownName
-from deploycc.manual import backend_manual, pass_manual, source_manual, target_manual
+from deploycc.manual import attribute_docs, backend_manual, pass_manual, source_manual, target_manual
 
 
 @pytest.mark.parametrize("name", PASSES.names())
@@ -51,7 +51,7 @@ class TestPass:
         assert len(summary(cls)) > 20
         text = pass_manual(name)
         for field in dataclasses.fields(cls):
-            assert f"    {field.name}:" in (inspect.getdoc(cls) or ""), f"{field.name} is not in the Attributes of {cls.__name__}"
+            assert field.name in attribute_docs(cls), f"{field.name} is not in the Attributes of {cls.__name__}"
             assert field.name.replace("_", "-") in text
 
     def test_alternatives_are_other_settings_of_itself(self, name):

@@ -1,3 +1,6 @@
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +8,10 @@ from torch import nn
 
 from deploycc.core.artifact import Artifact, Form
 from deploycc.errors import SignatureError, SourceError, StoreError
+from deploycc.forms._edits import apply_edits, resize_edit
 from deploycc.forms.module import (
+    ARCHITECTURE,
+    WEIGHTS,
     ModuleForm,
     capture_signature,
     example_feeds,
@@ -72,12 +78,61 @@ def test_macs_are_unknown_for_a_model_that_does_not_run():
     assert FORM.stats(broken).macs is None
 
 
-def test_a_module_is_not_stored(tmp_path):
-    assert not FORM.storable(linear_net())
+def test_a_module_that_its_edits_do_not_tell_is_not_stored(tmp_path):
+    made = artifact(linear_net(), TensorSpec("x", "float32", (1, 4)))
+    assert not FORM.storable(made)
     with pytest.raises(StoreError, match="pickle"):
-        FORM.save(linear_net(), tmp_path)
-    with pytest.raises(StoreError, match="pickle"):
-        FORM.load(tmp_path)
+        FORM.save(made, tmp_path)
+
+
+def resized(base: Artifact) -> Artifact:
+    """The same net with 5 hidden channels."""
+    module = copy.deepcopy(base.model)
+    first, last = module[0], module[2]
+    first.weight, first.bias, first.out_features = nn.Parameter(first.weight[:5]), nn.Parameter(first.bias[:5]), 5
+    last.weight, last.in_features = nn.Parameter(last.weight[:, :5]), 5
+    return base.evolve(module, edits=(*base.edits, resize_edit(base.model, module)))
+
+
+def test_a_resized_module_is_rebuilt_from_json_and_safetensors(tmp_path):
+    base = replace(artifact(linear_net(), TensorSpec("x", "float32", (1, 4))), edits=())
+    small = resized(base)
+    assert small.edits[0]["layers"]["0"] == {"attributes": {"out_features": 5}, "tensors": {"weight": [5, 4], "bias": [5]}}
+    FORM.save(small, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {ARCHITECTURE, WEIGHTS}
+    loaded = FORM.load(tmp_path, base)
+    assert FORM.digest(loaded) == FORM.digest(small.model)
+    assert base.model[0].out_features == 8
+    assert FORM.digest(FORM.load(tmp_path, small)) == FORM.digest(small.model)  # it has the edit already
+
+
+def test_a_module_of_another_history_or_shape_is_refused(tmp_path):
+    base = replace(artifact(linear_net(), TensorSpec("x", "float32", (1, 4))), edits=())
+    small = resized(base)
+    FORM.save(base, tmp_path)
+    with pytest.raises(StoreError, match="does not continue"):
+        FORM.load(tmp_path, small)
+    other = replace(
+        artifact(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval(), TensorSpec("x", "float32", (1, 4))), edits=()
+    )
+    with pytest.raises(StoreError, match="do not fit"):
+        FORM.load(tmp_path, other)
+
+
+def test_edits_that_cannot_be_made_are_refused():
+    with pytest.raises(StoreError, match="kind 'fold'"):
+        apply_edits(linear_net(), [{"kind": "fold"}])
+    with pytest.raises(StoreError, match="no module 'head'"):
+        apply_edits(linear_net(), [{"kind": "resize", "layers": {"head": {"attributes": {}, "tensors": {}}}}])
+    with pytest.raises(StoreError, match="no tensor 'scale'"):
+        apply_edits(linear_net(), [{"kind": "resize", "layers": {"0": {"attributes": {}, "tensors": {"scale": [1]}}}}])
+
+
+def test_a_resize_tells_nothing_but_sizes():
+    with pytest.raises(ValueError, match="the modules differ: 3"):
+        resize_edit(linear_net(), nn.Sequential(*linear_net(), nn.ReLU()))
+    with pytest.raises(ValueError, match="'1' was a ReLU and is a Sigmoid"):
+        resize_edit(linear_net(), nn.Sequential(linear_net()[0], nn.Sigmoid(), linear_net()[2]))
 
 
 def test_a_session_runs_by_name_and_leaves_the_feeds_alone():

@@ -39,18 +39,22 @@ def program(module: nn.Module):
     return torch.export.export(module, (torch.zeros(2, 4),), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False)
 
 
+def stored(program) -> Artifact:
+    return Artifact(Form.PROGRAM, program, capture_signature(program.module(), (TensorSpec("x", "float32", (2, 4)),)), "test")
+
+
 @pytest.fixture(scope="module")
 def saved(program, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("program")
-    FORM.save(program, folder)
+    FORM.save(stored(program), folder)
     return folder
 
 
 def test_saving_and_loading_keeps_the_digest_and_the_bytes(program, saved: Path, tmp_path: Path):
-    assert FORM.storable(program)
-    loaded = FORM.load(saved)
+    assert FORM.storable(stored(program))
+    loaded = FORM.load(saved, stored(program))
     assert FORM.digest(loaded) == FORM.digest(program)
-    FORM.save(program, tmp_path)
+    FORM.save(stored(program), tmp_path)
     assert (tmp_path / FILE).read_bytes() == (saved / FILE).read_bytes()
 
 

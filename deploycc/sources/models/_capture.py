@@ -33,7 +33,7 @@ def capture(
     refuse_non_finite_state(module, source)
     _check_transform(transform, inputs, source)
     signature = capture_signature(module, inputs)
-    return Artifact(Form.MODULE, module, signature, source, transform=transform, notices=notices, notes=notes)
+    return Artifact(Form.MODULE, module, signature, source, transform=transform, notices=notices, notes=notes, edits=())
 
 
 def override_shapes(specs: Sequence[TensorSpec], asked: Mapping[str, Shape]) -> tuple[TensorSpec, ...]:

@@ -1,0 +1,151 @@
+"""The edit "graph": a module rebuilt from its exported graph, with the constants of the graph and the sizes of the tensors changed.
+
+    {"kind": "graph", "inputs": [[shape, dtype], …], "dynamic": true, "rewrites": [[node, {argument: value}], …],
+     "layers": {module path: {attribute: value}}, "tensors": {name: shape}}
+
+`value` is JSON, or {"symbol": argument index, "times": n, "over": d} inside a shape for a size that grows with the batch. Exporting is
+deterministic, so that the names of nodes are the same each time. Layers of torch.nn that cover one operator stay modules under their
+own names: keys of the state dict stay, and batch normalization and dropout still have a train mode.
+Source: torch.export, non-strict, training IR (https://docs.pytorch.org/docs/stable/export.html).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import fx, nn
+
+
+def capture(module: nn.Module, example: tuple[torch.Tensor, ...]) -> tuple[fx.GraphModule, bool]:
+    """The exported graph of `module` in eval mode, and whether its batch axis is dynamic. Raises what the exporter raises."""
+    import torch
+
+    batch = tuple({0: torch.export.Dim.AUTO} for _ in example)
+    with torch.enable_grad():  # attention's fast path, which is one opaque operator, is for inference without gradients only
+        try:
+            program = torch.export.export(module, example, dynamic_shapes=batch, strict=False)
+            dynamic = True
+        except Exception:  # noqa: BLE001  (whatever a dynamic axis breaks, the fixed one decides)
+            program = torch.export.export(module, example, strict=False)
+            dynamic = False
+    graph: Any = program.module(check_guards=False)
+    return graph, dynamic
+
+
+def build(module: nn.Module, example: tuple[torch.Tensor, ...], edit: Mapping[str, Any]) -> fx.GraphModule:
+    """The graph of `module` with `edit` applied; parameters keep their values where their shape does not change."""
+    from torch import fx
+
+    graph, _ = capture(module, example)
+    changes = {name: values for name, values in edit["rewrites"]}
+    for node in list(graph.graph.nodes):
+        if node.name in changes:
+            _rewrite(node, changes[node.name])
+        if node.op == "call_function" and "assert" in str(node.target):
+            graph.graph.erase_node(node)
+    root = _root(module, graph)
+    _layers(graph, module)
+    graph.graph.eliminate_dead_code()
+    built = fx.GraphModule(root, graph.graph, type(module).__name__)
+    for path, attributes in edit["layers"].items():
+        for name, value in attributes.items():
+            setattr(built.get_submodule(path), name, tuple(value) if isinstance(value, list) else value)
+    resize(built, edit["tensors"])
+    return built.eval()
+
+
+def apply(module: nn.Module, edit: Mapping[str, Any]) -> nn.Module:
+    """Rebuild from the JSON of an edit; the caller loads the state."""
+    import torch
+
+    example = tuple(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape, dtype in edit["inputs"])
+    return build(module.eval(), example, edit)
+
+
+def resize(module: nn.Module, tensors: Mapping[str, Any]) -> None:
+    """Give parameters and buffers new shapes; their values are zeros."""
+    import torch
+
+    for name, shape in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner: Any = module.get_submodule(path)
+            old = getattr(owner, leaf)
+        except AttributeError:
+            continue  # the graph does not use it
+        new = torch.zeros(list(shape), dtype=old.dtype)
+        if isinstance(old, torch.nn.Parameter):
+            setattr(owner, leaf, torch.nn.Parameter(new, requires_grad=old.requires_grad))
+        else:
+            owner._buffers[leaf] = new
+
+
+def _rewrite(node: fx.Node, values: Mapping[str, Any]) -> None:
+    import operator
+
+    import torch
+
+    for key, value in values.items():
+        if key == "target":
+            node.target = getattr(getattr(torch.ops.aten, value[0]), value[1])
+        elif isinstance(value, list):
+            sizes: list[Any] = []
+            for item in value:
+                if not isinstance(item, Mapping):
+                    sizes.append(item)
+                    continue
+                old: Any = node.args[1][item["symbol"]]  # pyright: ignore[reportOptionalSubscript, reportArgumentType, reportIndexIssue]
+                with node.graph.inserting_before(node):
+                    scaled = node.graph.call_function(operator.mul, (old, item["times"]))
+                    sizes.append(node.graph.call_function(operator.floordiv, (scaled, item["over"])) if item["over"] != 1 else scaled)
+            node.update_arg(int(key), sizes) if key.isdigit() else node.update_kwarg(key, sizes)
+        elif key.isdigit():
+            arguments = list(node.args) + [None] * (int(key) + 1 - len(node.args))
+            arguments[int(key)] = value
+            node.args = tuple(arguments)
+        else:
+            node.update_kwarg(key, value)
+
+
+def _root(module: nn.Module, graph: fx.GraphModule) -> nn.Module:
+    """A module with the tensors that the graph names."""
+    import torch
+
+    root = torch.nn.Module()
+    shared: dict[int, Any] = {}
+    for node in graph.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        path, _, leaf = str(node.target).rpartition(".")
+        value: Any = graph.get_submodule(path)
+        value = getattr(value, leaf)
+        owner = root
+        for part in path.split(".") if path else ():
+            if not hasattr(owner, part):
+                owner.add_module(part, torch.nn.Module())
+            owner = getattr(owner, part)
+        clone = shared.setdefault(id(value), copy.deepcopy(value) if isinstance(value, torch.nn.Parameter) else value.detach().clone())
+        if isinstance(clone, torch.nn.Parameter):
+            owner.register_parameter(leaf, clone)
+        else:
+            owner.register_buffer(leaf, clone)
+    return root
+
+
+def _layers(graph: fx.GraphModule, module: nn.Module) -> None:
+    """Call batch normalization and dropout of `module` as modules again where they cover one operator."""
+
+
+def layer_calls(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """The operators inside each module, by path and call."""
+    found: dict[str, list[Any]] = defaultdict(list)
+    for node in graph.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        if node.op == "call_function" and stack:
+            found[next(reversed(stack))].append(node)
+    return found

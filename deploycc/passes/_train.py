@@ -1,0 +1,378 @@
+"""The one training loop: what finetune, distill, quantize-qat and recovery after pruning run.
+
+Devices, mixed precision and DDP are accelerate's: under `torchrun --nproc-per-node N` each process takes its share of every batch, and
+gradients are averaged, so the loss curve is that of one process at the same batch (batch normalization, whose statistics are of a
+process's own share, is the exception, as everywhere). After every epoch the whole state is written to `context.resume`: a killed run
+goes on from there, and since the order and every random number of an epoch are drawn from (seed, epoch), it ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploycc.core.artifact import Artifact
+from deploycc.core.contract import Context
+from deploycc.errors import MissingDependency, PreconditionError, TrainingError
+from deploycc.passes._feeder import Feeder, TrainBatch
+from deploycc.passes._training_pass import TrainingOptions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    Objective = Callable[[nn.Module, TrainBatch], torch.Tensor]
+
+STATE = "epoch.pt"
+ONE_AXIS = 1  # biases and scales of norms are not decayed
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What came out of a training.
+
+    Attributes:
+        module: the trained module, in eval mode, with the weights of the best epoch.
+        curves: one row per epoch: epoch (from 1), loss, lr, and the metric on the held-out samples or None.
+        notes: for the receipt.
+    """
+
+    module: nn.Module
+    curves: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+
+
+def require_accelerate(name: str) -> None:
+    """Raise MissingDependency when accelerate is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("accelerate") is None:
+        raise MissingDependency(f"{name} needs accelerate, which is not installed", fix="pip install 'deploycc[train]'")
+
+
+def fit(
+    module: nn.Module,
+    objective: Objective,
+    *,
+    options: TrainingOptions,
+    feeder: Feeder,
+    context: Context,
+    what: str,
+    score: Callable[[nn.Module], float] | None = None,
+    metric: str = "top1",
+    after_step: Callable[[nn.Module], None] | None = None,
+    on_epoch: Callable[[int, nn.Module], None] | None = None,
+    frozen: Callable[[int], Sequence[str]] | None = None,
+) -> Fitted:
+    """Train `module` in place.
+
+    Args:
+        module: a copy that may be changed.
+        objective: the mean loss of a batch.
+        options: epochs, optimizer, schedule …
+        feeder: the samples.
+        context: seed, progress, where to keep the state.
+        what: the name that progress shows.
+        score: of the module on held-out samples, larger is better; without it the last epoch is kept.
+        metric: what `score` is called.
+        after_step: runs after every optimizer step (clamps, masks).
+        on_epoch: runs before every epoch, in train mode (schedules of observers).
+        frozen: names of the parameters that stay as they are in an epoch.
+
+    Raises:
+        TrainingError: the loss is NaN or Inf before an epoch is finished; a batch does not fit into memory.
+        PreconditionError: a batch that cannot be divided among the processes, a precision that the device lacks.
+    """
+    import torch
+
+    _use_cores()
+    accelerator = _accelerator(options)
+    optimizer = _optimizer(module, options)
+    wrapped, optimizer = accelerator.prepare(module, optimizer)
+    run = _Run(accelerator, module, optimizer, options, feeder.steps(accelerator.num_processes), _masks(module, feeder.artifact))
+    start = run.restore(context.resume)
+    with torch.random.fork_rng(devices=[]):
+        for epoch in range(start, options.epochs):
+            torch.manual_seed(hash((context.seed, epoch, accelerator.process_index)) % (1 << 31))
+            module.train()
+            still = set(frozen(epoch)) if frozen else set()
+            _rest(module, still)
+            if on_epoch:
+                on_epoch(epoch, module)
+            stopped = _epoch(run, wrapped, objective, feeder, epoch, still, after_step, context, what)
+            if stopped:
+                run.note(stopped)
+                break
+            module.eval()
+            value = score(module) if score else None
+            run.finish(epoch, value, metric)
+            run.save(context.resume, epoch)
+            if options.patience is not None and epoch - run.best_epoch >= options.patience:
+                run.note(f"stopped after epoch {epoch + 1}: {metric} has not risen for {options.patience} epochs")
+                break
+    module.load_state_dict(run.best)
+    if score and run.best_epoch + 1 < len(run.curves):
+        run.note(f"epoch {run.best_epoch + 1} is kept: {metric} {run.best_score:.4g} on {len(feeder.held)} held-out samples")
+    return Fitted(module.cpu().eval(), tuple(run.curves), tuple(run.notes))
+
+
+def _epoch(
+    run: _Run,
+    wrapped: nn.Module,
+    objective: Objective,
+    feeder: Feeder,
+    epoch: int,
+    still: set[str],
+    after_step: Callable[[nn.Module], None] | None,
+    context: Context,
+    what: str,
+) -> str:
+    """One pass over the samples; why it stopped, or empty text."""
+    accelerator, options = run.accelerator, run.options
+    total = 0.0
+    for step, batch in enumerate(feeder.epoch(epoch, accelerator.process_index, accelerator.num_processes)):
+        lr = run.set_lr(epoch * run.steps + step)
+        try:
+            with accelerator.autocast():
+                loss = objective(wrapped, _on(batch, accelerator.device))
+            if loss.dim() != 0:
+                raise PreconditionError(f"the loss has the shape {list(loss.shape)}, not one number", fix="return its mean from the loss")
+            value = float(accelerator.reduce(loss.detach().clone(), "mean"))
+            if not math.isfinite(value):
+                return run.broken(value, epoch, step, lr)
+            run.optimizer.zero_grad(set_to_none=True)
+            accelerator.backward(loss)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_memory(error):
+                raise
+            raise _too_large(run, wrapped, objective, batch, options.batch) from error
+        for name, parameter in run.module.named_parameters():
+            if name in still:
+                parameter.grad = None
+        if options.clip_norm is not None:
+            accelerator.clip_grad_norm_(run.module.parameters(), options.clip_norm)
+        run.optimizer.step()
+        run.mask()
+        if after_step:
+            after_step(run.module)
+        total += value
+        note = f"epoch {epoch + 1}/{options.epochs}, loss {total / (step + 1):.4f}{run.latest()}"
+        context.progress(what, epoch * run.steps + step + 1, options.epochs * run.steps, note)
+    run.loss = total / run.steps
+    return ""
+
+
+@dataclass(slots=True)
+class _Run:
+    """The state of a training."""
+
+    accelerator: Any
+    module: nn.Module
+    optimizer: Any
+    options: TrainingOptions
+    steps: int
+    masks: Mapping[str, torch.Tensor]
+    curves: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    notes: list[str] = field(default_factory=list[str])
+    best: dict[str, Any] = field(default_factory=dict[str, Any])
+    best_epoch: int = -1
+    best_score: float = -math.inf
+    loss: float = math.nan
+    lr: float = 0.0
+
+    def set_lr(self, step: int) -> float:
+        """Of this step; each group has its own factor."""
+        self.lr = self.options.lr_at(step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * group["scale"]
+        return self.lr
+
+    def mask(self) -> None:
+        """Zeros of sparse weights stay zeros."""
+        import torch
+
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                self.module.get_parameter(name).mul_(mask)
+
+    def note(self, text: str) -> None:
+        """Say something in the receipt."""
+        self.notes.append(text)
+
+    def latest(self) -> str:
+        """The last epoch's metric."""
+        value = self.curves[-1]["metric"] if self.curves else None
+        return "" if value is None else f", {self.curves[-1]['name']} {value:.4g}"
+
+    def finish(self, epoch: int, value: float | None, metric: str) -> None:
+        """Keep the curves, and the weights if they are the best so far."""
+        self.curves.append({"epoch": epoch + 1, "loss": self.loss, "lr": self.lr, "name": metric, "metric": value})
+        if value is None or value > self.best_score:
+            self.best = {key: tensor.detach().clone() for key, tensor in self.module.state_dict().items()}
+            self.best_epoch, self.best_score = epoch, -math.inf if value is None else value
+
+    def broken(self, value: float, epoch: int, step: int, lr: float) -> str:
+        """What to say of a loss that is no number; raises TrainingError when no epoch was finished before."""
+        where = f"the loss is {value} at step {step + 1} of epoch {epoch + 1}, learning rate {lr:.3g}"
+        if not self.best:
+            raise TrainingError(where, fix=f"use a smaller rate (lr={self.options.lr / 10:g}), warmup=1 or clip-norm=1; check the data")
+        return f"stopped: {where}; the weights of epoch {self.best_epoch + 1} are kept. Use a smaller lr, warmup or clip-norm"
+
+    def save(self, folder: Path | None, epoch: int) -> None:
+        """Everything that the next epoch needs, written whole."""
+        import torch
+
+        if folder is None or not self.accelerator.is_main_process:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "epoch": epoch,
+            "curves": self.curves,
+            "notes": self.notes,
+            "best_epoch": self.best_epoch,
+            "best_score": self.best_score,
+        }
+        state = {
+            "facts": json.dumps(facts),
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+        }
+        torch.save(state, folder / f".{STATE}")
+        (folder / f".{STATE}").replace(folder / STATE)
+
+    def restore(self, folder: Path | None) -> int:
+        """Go on from what `save` wrote; the first epoch to run."""
+        import torch
+
+        if folder is None or not (folder / STATE).is_file():
+            return 0
+        state = torch.load(folder / STATE, map_location=self.accelerator.device, weights_only=True)
+        facts = json.loads(state["facts"])
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best, self.curves, self.notes = state["best"], facts["curves"], facts["notes"]
+        self.best_epoch, self.best_score = facts["best_epoch"], facts["best_score"]
+        self.accelerator.wait_for_everyone()
+        return facts["epoch"] + 1
+
+
+def _use_cores() -> None:
+    """All cores of this process's share; a session may have left PyTorch with one."""
+    import torch
+
+    from deploycc.runtime.machine import available_cores
+
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(int(asked) if asked.isdigit() and int(asked) else max(1, available_cores() // processes))
+
+
+def _accelerator(options: TrainingOptions) -> Any:
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if options.precision == "fp16" and not torch.cuda.is_available():
+        raise PreconditionError("precision=fp16 cannot be had here: it needs a GPU", fix="use precision=no, or bf16")
+    AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]  (it is one per process, and keeps the precision of the first)
+    return Accelerator(mixed_precision=options.precision, cpu=not torch.cuda.is_available())
+
+
+def _optimizer(module: nn.Module, options: TrainingOptions) -> Any:
+    """One group of parameters for each (factor of the rate, decayed or not)."""
+    import torch
+
+    scales = options.scales()
+    used: set[str] = set()
+    groups: dict[tuple[float, bool], list[Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        parameter.requires_grad_(True)
+        hit = next(((glob, factor) for glob, factor in scales if fnmatchcase(name, glob)), None)
+        used |= {hit[0]} if hit else set()
+        groups.setdefault((hit[1] if hit else 1.0, parameter.dim() > ONE_AXIS), []).append(parameter)
+    if unused := [glob for glob, _ in scales if glob not in used]:
+        names = ", ".join(name for name, _ in list(module.named_parameters())[:3])
+        raise PreconditionError(f"lr-scale: no parameter is called '{unused[0]}'", fix=f"the names are like {names}")
+    listed = [
+        {"params": params, "scale": scale, "weight_decay": options.weight_decay if decayed else 0.0}
+        for (scale, decayed), params in groups.items()
+    ]
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(listed, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov and options.momentum > 0)
+    if options.optimizer == "rmsprop":
+        return torch.optim.RMSprop(listed, lr=options.lr, momentum=options.momentum)
+    return (torch.optim.Adam if options.optimizer == "adam" else torch.optim.AdamW)(listed, lr=options.lr)
+
+
+def _rest(module: nn.Module, still: set[str]) -> None:
+    """Layers of which every parameter is frozen keep their statistics too."""
+    for path, layer in module.named_modules():
+        own = [f"{path}.{name}".lstrip(".") for name, _ in layer.named_parameters()]
+        if own and all(name in still for name in own):
+            layer.eval()
+
+
+def _masks(module: nn.Module, artifact: Artifact) -> dict[str, torch.Tensor]:
+    return {name: (module.get_parameter(name) != 0).to(module.get_parameter(name).dtype) for name in artifact.sparse}
+
+
+def _on(batch: TrainBatch, device: Any) -> TrainBatch:
+    same = batch.teacher_inputs is batch.inputs
+    inputs = tuple(tensor.to(device) for tensor in batch.inputs)
+    labels = None if batch.labels is None else batch.labels.to(device)
+    return TrainBatch(inputs, labels, inputs if same else tuple(tensor.to(device) for tensor in batch.teacher_inputs))
+
+
+def _is_memory(error: BaseException) -> bool:
+    import torch
+
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "not enough memory" in str(error) or "out of memory" in str(error).lower()
+
+
+def _too_large(run: _Run, wrapped: nn.Module, objective: Objective, batch: TrainBatch, size: int) -> TrainingError:
+    """The error for a batch that memory does not hold, with the size that it does hold."""
+    world = run.accelerator.num_processes
+    rows = len(batch.inputs[0]) // 2
+    while rows >= 1:
+        part = TrainBatch(
+            tuple(tensor[:rows] for tensor in batch.inputs),
+            None if batch.labels is None else batch.labels[:rows],
+            tuple(tensor[:rows] for tensor in batch.teacher_inputs),
+        )
+        try:
+            run.optimizer.zero_grad(set_to_none=True)
+            run.accelerator.backward(objective(wrapped, _on(part, run.accelerator.device)))
+        except (MemoryError, RuntimeError) as error:
+            if not _is_memory(error):
+                raise
+            rows //= 2
+            continue
+        return TrainingError(f"a batch of {size} does not fit into memory; {rows * world} does", fix=f"use batch={rows * world}")
+    return TrainingError("not even a batch of one sample fits into memory", fix="free memory, or use a smaller input")
+
+
+def trainable(artifact: Artifact) -> nn.Module:
+    """A copy of an artifact's module that may be trained."""
+    return copy.deepcopy(artifact.model)
+
+
+def recover(artifact: Artifact, context: Context, *, epochs: int = 1, lr: float = 0.01) -> Artifact:
+    """A short distillation from the float reference, for between the steps of iterative pruning. The context's resume is not used."""
+    from dataclasses import replace
+
+    from deploycc.passes._distilling import distil
+
+    options = TrainingOptions(epochs=epochs, lr=lr, holdout=0.0)
+    fitted = distil(artifact, context.reference, options, replace(context, resume=None), what="recovery")
+    return artifact.evolve(fitted.module, edits=artifact.edits, details={"curves": list(fitted.curves)}, notes=fitted.notes)
