@@ -117,6 +117,8 @@ def fit(
             if options.patience is not None and epoch - run.best_epoch >= options.patience:
                 run.note(f"stopped after epoch {epoch + 1}: {metric} has not risen for {options.patience} epochs")
                 break
+    for name in ("forward", "_original_forward"):  # mixed precision put a cast around them
+        vars(module).pop(name, None)
     module.load_state_dict(run.best)
     if score and run.best_epoch + 1 < len(run.curves):
         run.note(f"epoch {run.best_epoch + 1} is kept: {metric} {run.best_score:.4g} on {len(feeder.held)} held-out samples")

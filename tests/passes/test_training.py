@@ -371,6 +371,13 @@ def test_quantized_models_and_missing_packages_are_refused(monkeypatch):
         Finetune(**QUICK)(artifact(), context())
 
 
+def test_mixed_precision_leaves_a_plain_float_model():
+    after = Finetune(**QUICK, precision="bf16")(artifact(), context())
+    assert top1(after) > 0.85
+    assert "forward" not in vars(after.model)
+    assert torch.equal(after.model(torch.ones(1, 2)), nn.Sequential(*after.model)(torch.ones(1, 2)))
+
+
 def test_a_precision_that_the_device_lacks_and_a_batch_that_does_not_divide():
     if not torch.cuda.is_available():
         with pytest.raises(PreconditionError, match="precision=fp16 cannot be had here"):
