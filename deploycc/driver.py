@@ -37,7 +37,7 @@ from deploycc.errors import DataNeeded, Interrupted, MissingDependency, UsageErr
 from deploycc.forms.module import example_feeds
 from deploycc.package.bundle import Bundle, check_destination, write
 from deploycc.package.manifest import AttemptRecord, Contents, LimitCheck, record_attempt
-from deploycc.planning import Options, Plan, capture, command_line, find_source, plan, with_transform
+from deploycc.planning import Options, Plan, capture, command_line, declared_transform, find_source, plan
 from deploycc.sources._factory import find
 
 PROBES = 8  # real inputs that the bench takes turns over
@@ -140,7 +140,11 @@ def _context(planned: Plan, reference: Artifact, data: Data, options: Options, w
 
     def another(text: str) -> Artifact:
         request = ModelRequest(text, random_weights=options.random_weights, seed=options.seed)
-        return with_transform(find_source(text).load(request), data)[0]
+        found = find_source(text).load(request)
+        transform = declared_transform(found, data)
+        if transform is not None and reference.transform is not None:
+            transform = replace(transform, classes=reference.transform.classes)
+        return replace(found, transform=transform)
 
     def code(text: str) -> Any:
         return find(text, UsageError)

@@ -18,6 +18,7 @@ from deploycc.core.pipeline import Pipeline
 from deploycc.core.registry import BACKENDS, DATASETS, MODELS, suggest
 from deploycc.core.target import Target
 from deploycc.errors import UsageError
+from deploycc.runtime.transform import Transform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,10 +221,15 @@ def capture(model: Any, source: ModelSource, options: Options, data: Data, *, re
     return with_transform(artifact, data, rename=rename)
 
 
+def declared_transform(artifact: Artifact, data: Data) -> Transform | None:
+    """The data set's own, else the model's, else the data set's fallback."""
+    dataset = data.dataset
+    return (dataset.transform or artifact.transform or dataset.fallback) if dataset else artifact.transform
+
+
 def with_transform(artifact: Artifact, data: Data, *, rename: bool = False) -> tuple[Artifact, Data]:
     """What the data set declares wins over the model's own transform, which wins over the data set's fallback."""
-    dataset = data.dataset
-    transform = (dataset.transform or artifact.transform or dataset.fallback) if dataset else artifact.transform
+    transform = declared_transform(artifact, data)
     if rename and transform is not None:
         transform = replace(transform, classes=data.classes)
     return replace(artifact, transform=transform), data.matched(transform.classes if transform else None)

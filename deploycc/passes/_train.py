@@ -117,7 +117,7 @@ def fit(
             if options.patience is not None and epoch - run.best_epoch >= options.patience:
                 run.note(f"stopped after epoch {epoch + 1}: {metric} has not risen for {options.patience} epochs")
                 break
-    for name in ("forward", "_original_forward"):  # mixed precision put a cast around them
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # mixed precision put a cast around forward
         vars(module).pop(name, None)
     module.load_state_dict(run.best)
     if score and run.best_epoch + 1 < len(run.curves):

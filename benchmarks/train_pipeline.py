@@ -1,0 +1,247 @@
+"""Prune, distill, quantize: what a smaller network wins over int8 alone, on Fashion-MNIST.
+
+    python benchmarks/train_pipeline.py FOLDER [--work DIR] [--seeds 3] [--quick]
+
+FOLDER holds Fashion-MNIST's IDX files (Debian's package dataset-fashion-mnist). A residual network of 0.7 M parameters is trained; then,
+for every seed, 60 % of its MACs are pruned and the rest is distilled from it, or fine-tuned for as many epochs, quantized after training
+and with quantization-aware training. Everything is judged on the 10,000 test images, image by image against the float model, and timed
+in one interleaved run. Needs deploycc's dev dependencies. A run that is stopped goes on where it was with the same --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _peers import target_for
+from _shared import about, results_folder, say, table, write
+
+from deploycc import driver
+from deploycc.bench.harness import Candidate, measure
+from deploycc.bench.result import BenchResult
+from deploycc.core.data import batches
+from deploycc.core.target import Bench
+from deploycc.planning import Options, open_data
+from deploycc.runtime import bundle as bundles
+
+TARGET = "x86-onnxruntime"
+MODEL = f"{Path(__file__).parent / '_fashion_net.py'}:net"
+FLOAT = "finetune{epochs=24 batch=128 lr=0.1 augment=standard precision=bf16 warmup=1 holdout=0.03}, export-onnx"
+TRAINING = "epochs={epochs} batch=128 lr=0.05 augment=standard precision=bf16 warmup=0.5 holdout=0.03"
+QUANTIZE = "fold-batchnorm, export-onnx, quantize-static"
+PRUNE = "prune-channels{macs=0.4}"
+LATENCY = 0.5
+BENCH = Bench(min_seconds=3.0, min_runs=200)
+DRAWS = 2000
+
+
+class Work:
+    """Compiles into named bundles of one folder, each once."""
+
+    def __init__(self, folder: Path, data: str) -> None:
+        self.folder, self.data = folder, data
+        self.seconds: dict[str, float] = {}
+
+    def bundle(self, name: str, model: str, passes: str | None, seed: int = 0) -> Path:
+        """The bundle `name`; compiled when it is not there."""
+        out = self.folder / name
+        if (out / bundles.MANIFEST).is_file():
+            return out
+        say(f"{name}: {passes or 'the target’s own passes'}")
+        started = time.monotonic()
+        driver.compile(
+            model,
+            Options(
+                target=target_for(TARGET, open_gate=True), data=self.data, passes=passes, seed=seed, output=out, cache=self.folder / "cache"
+            ),
+        )
+        self.seconds[name] = time.monotonic() - started
+        return out
+
+
+def main() -> None:
+    """Train, prune, distill, quantize, judge, time, write."""
+    arguments = _arguments()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    data = f"fashion-mnist:{arguments.folder}"
+    work = Work(arguments.work, data)
+    training = TRAINING.format(epochs=1 if arguments.quick else arguments.epochs)
+    float_passes = FLOAT.replace("epochs=24", "epochs=2") if arguments.quick else FLOAT
+    work.bundle("float", MODEL, float_passes)
+    trained = str(arguments.work / "float" / "checkpoint" / "architecture.json")
+    work.bundle("int8", trained, f"{QUANTIZE}")
+    for seed in range(arguments.seeds):
+        work.bundle(f"distilled-{seed}", trained, f"{PRUNE}, distill{{{training}}}, {QUANTIZE}", seed)
+        work.bundle(f"qat-{seed}", trained, f"{PRUNE}, distill{{{training}}}, {QUANTIZE}, {_qat(arguments)}", seed)
+        work.bundle(f"finetuned-{seed}", trained, f"{PRUNE}, finetune{{{training}}}, {QUANTIZE}", seed)
+    work.bundle("latency", trained, f"prune-channels{{latency={LATENCY}}}, distill{{{TRAINING.format(epochs=1)}}}, {QUANTIZE}")
+    names = [path.name for path in sorted(arguments.work.iterdir()) if (path / bundles.MANIFEST).is_file()]
+    right = {name: _right(arguments.work / name, data) for name in names}
+    bench = _bench(arguments.work, names)
+    rows = [_row(name, right, bench, arguments.work) for name in names]
+    document = {"rows": rows, "bars": bars(rows, arguments.seeds), "seconds": work.seconds, "training": training, "prune": PRUNE}
+    document["latency"] = _details(arguments.work / "latency", "prune-channels")
+    document["curves"] = {name: _details(arguments.work / name, kind).get("curves") for name, kind in _trained(names)}
+    if arguments.quick:
+        say("quick: nothing is written")
+        return
+    folder = results_folder()
+    bench.save(folder / "train_pipeline.bench.json")
+    write(folder, "train_pipeline", document, _page(document, bench))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="with Fashion-MNIST's IDX files")
+    parser.add_argument("--work", type=Path, default=Path("build") / "train_pipeline", help="where bundles and finished passes are kept")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=8, help="of distillation, and of fine-tuning beside it")
+    parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs; writes no result")
+    return parser.parse_args()
+
+
+def _qat(arguments: argparse.Namespace) -> str:
+    epochs = 1 if arguments.quick else 2
+    return f"quantize-qat{{epochs={epochs} batch=128 lr=0.002 augment=standard holdout=0.03}}"
+
+
+def _trained(names: Sequence[str]) -> list[tuple[str, str]]:
+    kinds = {"float": "finetune", "distilled": "distill", "finetuned": "finetune", "qat": "quantize-qat"}
+    return [(name, kinds[name.partition("-")[0]]) for name in names if name.partition("-")[0] in kinds]
+
+
+def _right(folder: Path, data: str) -> np.ndarray:
+    """Which of the test images the bundle classifies rightly, bool (10000,)."""
+    loaded = bundles.load(folder)
+    samples = open_data(Options(data=data)).part("validation")
+    found: list[bool] = []
+    with bundles.open_session(loaded, 1) as session:
+        for batch in batches(samples, _Taker(loaded)):  # pyright: ignore[reportArgumentType]
+            scores = next(iter(session.run(batch.feeds).values()))
+            found += [int(row.argmax()) in label for row, label in zip(scores, batch.labels, strict=True)]  # pyright: ignore[reportOperatorIssue]
+    return np.array(found)
+
+
+class _Taker:
+    """What `batches` asks of an artifact, told by a bundle."""
+
+    def __init__(self, loaded: bundles.LoadedBundle) -> None:
+        self.signature, self.transform = loaded.signature, loaded.transform
+
+
+def _bench(work: Path, names: Sequence[str]) -> BenchResult:
+    candidates = []
+    for name in names:
+        loaded = bundles.load(work / name)
+        candidates.append(
+            Candidate(name, lambda loaded=loaded: bundles.open_session(loaded, BENCH.threads), bundles.read_golden(loaded).feeds)
+        )
+    say(f"timing {len(names)} bundles interleaved")
+    return measure(candidates, settings=BENCH, baseline="float")
+
+
+def _row(name: str, right: Mapping[str, np.ndarray], bench: BenchResult, work: Path) -> dict[str, Any]:
+    """Accuracy paired with the float model's, and time against the float and the unpruned int8 artifact."""
+    timed = bench.get(name)
+    drop, low, high = paired_drop(right["float"], right[name])
+    shipped = bundles.load(work / name).manifest["shipped"]
+    to_float, to_int8 = bench.ratio("float", baseline=name), bench.ratio("int8", baseline=name)
+    return {
+        "name": name,
+        "shipped": shipped["name"],
+        "top1": float(right[name].mean()),
+        "drop": [drop, low, high],
+        "p50_ms": [timed.p50_ms, *timed.interval()],
+        "of_float": [to_float.value, to_float.low, to_float.high],
+        "of_int8": [to_int8.value, to_int8.low, to_int8.high],
+        "bytes": shipped["bytes"],
+        "macs": shipped["receipts"][-1]["stats"]["macs"],
+    }
+
+
+def paired_drop(reference: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    """(top-1 lost, 95 % bootstrap interval over the images), both bool (N,)."""
+    difference = reference.astype(np.int8) - other.astype(np.int8)
+    counts = np.random.default_rng(0).multinomial(len(difference), np.full(len(difference), 1 / len(difference)), size=DRAWS)
+    low, high = np.percentile(counts @ difference / len(difference), [2.5, 97.5])
+    return float(difference.mean()), float(low), float(high)
+
+
+def _details(folder: Path, name: str) -> dict[str, Any]:
+    """What a pass wrote into its receipt."""
+    receipts = [
+        receipt
+        for attempt in (bundles.load(folder).manifest["shipped"], *bundles.load(folder).manifest["others"])
+        for receipt in attempt["receipts"]
+        if receipt["spec"].partition("{")[0] == name
+    ]
+    return receipts[0]["details"] if receipts else {}
+
+
+def bars(rows: Sequence[Mapping[str, Any]], seeds: int) -> list[dict[str, Any]]:
+    """What must be shown, with what was measured."""
+    by_name = {row["name"]: row for row in rows}
+
+    def mean(kind: str, value: Any) -> float:
+        return float(np.mean([value(by_name[f"{kind}-{seed}"]) for seed in range(seeds)]))
+
+    def worst(kind: str, value: Any) -> float:
+        return max(value(by_name[f"{kind}-{seed}"]) for seed in range(seeds))
+
+    asked = by_name["latency"]["of_int8"][0]
+    measured = [
+        ("float top-1", by_name["float"]["top1"], ">=", 0.925),
+        ("top-1 lost: prune, distill, PTQ (mean of seeds)", mean("distilled", lambda row: row["drop"][0]), "<=", 0.005),
+        ("top-1 lost: with quantize-qat (mean of seeds)", mean("qat", lambda row: row["drop"][0]), "<=", 0.002),
+        ("time of the float artifact's (worst seed)", worst("distilled", lambda row: row["of_float"][0]), "<=", 0.30),
+        ("time of the unpruned int8's (worst seed)", worst("distilled", lambda row: row["of_int8"][0]), "<=", 0.60),
+        (
+            "top-1 won by distill over finetune (mean of seeds)",
+            mean("distilled", lambda row: row["top1"]) - mean("finetuned", lambda row: row["top1"]),
+            ">",
+            0.0,
+        ),
+        (f"latency={LATENCY}: off by", abs(asked / LATENCY - 1), "<=", 0.10),
+    ]
+    passed = {"<=": lambda value, bar: value <= bar, ">=": lambda value, bar: value >= bar, ">": lambda value, bar: value > bar}
+    return [
+        {"what": what, "measured": value, "sign": sign, "bar": bar, "met": passed[sign](value, bar)} for what, value, sign, bar in measured
+    ]
+
+
+def _page(document: Mapping[str, Any], bench: BenchResult) -> str:
+    lines = [
+        [
+            row["name"],
+            f"{100 * row['top1']:.2f} %",
+            "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * value for value in row["drop"])),
+            "{:.3f} [{:.3f}, {:.3f}]".format(*row["p50_ms"]),
+            "{:.2f} [{:.2f}, {:.2f}]".format(*row["of_float"]),
+            "{:.2f} [{:.2f}, {:.2f}]".format(*row["of_int8"]),
+            f"{row['bytes'] / 1e3:.0f} kB",
+            f"{row['macs'] / 1e6:.1f} M" if row["macs"] else "–",
+        ]
+        for row in document["rows"]
+    ]
+    header = ["bundle", "top-1", "points lost [95 %]", "p50 ms", "time of float's", "time of int8's", "bytes", "MACs"]
+    verdicts = [
+        [bar["what"], f"{bar['measured']:.4f}", f"{bar['sign']} {bar['bar']:g}", "yes" if bar["met"] else "NO"] for bar in document["bars"]
+    ]
+    return "\n\n".join(
+        [
+            "# Prune, distill, quantize on Fashion-MNIST",
+            f"`python benchmarks/train_pipeline.py FOLDER`. {about(bench.environment)}",
+            f"`{document['prune']}`, then `{document['training']}`; 10,000 test images, paired with the float model's answers.",
+            table(header, lines),
+            table(["bar", "measured", "asked", "met"], verdicts),
+            "\n".join(f"- {warning}" for warning in bench.warnings()) or "The times show no sign of trouble.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
