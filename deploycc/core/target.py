@@ -54,6 +54,7 @@ class Quant(_Table):
     reduce_range: bool = False
     channel_multiple: int = Field(default=1, ge=1, description="what channel pruning rounds to")
     calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy"] = "minmax"
+    sparsity: Literal["none", "2:4", "unstructured"] = Field(default="none", description="zeros in weights that a kernel skips")
 
 
 class Limits(_Table):
