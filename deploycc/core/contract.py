@@ -147,6 +147,10 @@ class Pass(ABC):
     def ensures(self, before: Artifact, after: Artifact, context: Context) -> None:
         """Raise PostconditionError when the result is not what the pass promises."""
 
+    def depends_on(self, context: Context) -> str:
+        """What else decides the result, as text for the cache key: digests of models and files that an option names."""
+        return ""
+
     def alternatives(self) -> tuple[Pass, ...]:
         """Stronger settings of this pass to try when the accuracy gate refuses its result, cheap to dear."""
         return ()

@@ -237,6 +237,7 @@ def _key(body: Pass, artifact: Artifact, context: Context) -> str:
             "data": {role: context.data.digest(role) for role in sorted(body.reads)},
             "reference": context.reference.digest() if body.reads & {"training"} else "",
             "sparse": list(artifact.sparse),
+            "besides": body.depends_on(context),
             "following": str(context.following) if body.looks_ahead else "",
             "seed": context.seed,
             "versions": _versions(),

@@ -42,14 +42,14 @@ def build(module: nn.Module, example: tuple[torch.Tensor, ...], edit: Mapping[st
     from torch import fx
 
     graph, _ = capture(module, example)
-    changes = {name: values for name, values in edit["rewrites"]}
+    changes = dict(edit["rewrites"])
     for node in list(graph.graph.nodes):
         if node.name in changes:
             _rewrite(node, changes[node.name])
         if node.op == "call_function" and "assert" in str(node.target):
             graph.graph.erase_node(node)
     root = _root(module, graph)
-    _layers(graph, module)
+    _layers(graph, root, module)
     graph.graph.eliminate_dead_code()
     built = fx.GraphModule(root, graph.graph, type(module).__name__)
     for path, attributes in edit["layers"].items():
@@ -137,8 +137,68 @@ def _root(module: nn.Module, graph: fx.GraphModule) -> nn.Module:
     return root
 
 
-def _layers(graph: fx.GraphModule, module: nn.Module) -> None:
-    """Call batch normalization and dropout of `module` as modules again where they cover one operator."""
+def _layers(graph: fx.GraphModule, root: nn.Module, module: nn.Module) -> None:
+    """Call convolutions, linear layers, batch normalization and dropout as modules again, where they cover one operator."""
+    from torch import nn
+
+    calls = layer_calls(graph)
+    for node in list(graph.graph.nodes):
+        made: Any = None
+        path = ""
+        if node.op == "call_function" and "batch_norm" in str(node.target) and getattr(node.args[3], "op", "") == "get_attr":
+            path = str(node.args[3].target).rpartition(".")[0]
+            made = _batch_norm(node, root.get_submodule(path)) if path and not list(root.get_submodule(path).children()) else None
+        else:
+            stack = node.meta.get("nn_module_stack") or {}
+            key = next(reversed(stack), "")
+            path = stack[key][0] if key and len(calls[key]) == 1 else ""
+            original = _submodule(module, path) if path else None
+            if isinstance(original, nn.modules.conv._ConvNd | nn.Linear) and original.__class__.__module__.startswith("torch.nn.modules"):
+                made = _with_tensors(original, root.get_submodule(path))
+            elif isinstance(original, nn.modules.dropout._DropoutNd):
+                made = copy.copy(original)
+        if made is None or node.op != "call_function":
+            continue
+        if not isinstance(_submodule(root, path), type(made)):
+            root_of, _, leaf = path.rpartition(".")
+            owner = root
+            for part in root_of.split(".") if root_of else ():
+                if not hasattr(owner, part):
+                    owner.add_module(part, nn.Module())
+                owner = getattr(owner, part)
+            owner.add_module(leaf, made)
+        graph.add_submodule(path, _submodule(root, path))
+        with graph.graph.inserting_before(node):
+            new = graph.graph.call_module(path, (node.args[0],))
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
+
+
+def _submodule(module: nn.Module, path: str) -> Any:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _batch_norm(node: fx.Node, holder: nn.Module) -> nn.Module:
+    from torch import nn
+
+    kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+    if isinstance(holder, nn.modules.batchnorm._BatchNorm):
+        return holder
+    args: Any = node.args
+    made = kinds[len(node.meta["val"].shape)](holder.running_mean.shape[0], args[7], args[6], affine=args[1] is not None)  # pyright: ignore
+    return _with_tensors(made, holder)
+
+
+def _with_tensors(layer: Any, holder: nn.Module) -> nn.Module:
+    """A copy of `layer` with the tensors of `holder`."""
+    made = copy.copy(layer)
+    made._parameters = {**dict.fromkeys(layer._parameters), **holder._parameters}
+    made._buffers = {**layer._buffers, **holder._buffers}
+    return made
 
 
 def layer_calls(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:

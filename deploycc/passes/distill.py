@@ -72,6 +72,11 @@ class Distill(TrainingPass):
         if self.teacher == "reference" and context.reference.form is Form.ONNX:
             raise PreconditionError("the reference is an ONNX graph, which cannot teach a module", fix="give teacher=MODEL")
 
+    def depends_on(self, context: Context) -> str:
+        """Digests of the teacher and student that are named."""
+        named = [self.student, "" if self.teacher == "reference" else self.teacher]
+        return " ".join(context.model(text).digest() for text in named if text)
+
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Train a copy."""
         from deploycc.passes._distilling import Mixture, distil, pairs_of

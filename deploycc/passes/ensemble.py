@@ -75,6 +75,10 @@ class Ensemble(Pass):
         _check_domains(everyone)
         _check_size(everyone, context)
 
+    def depends_on(self, context: Context) -> str:
+        """Digests of the members: another bundle under the same name is another member."""
+        return " ".join(read_member(text, context).digest() for text in self.members)
+
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Put the graphs side by side."""
         from deploycc.forms.onnx import OnnxForm, clone
