@@ -76,8 +76,10 @@ def main() -> None:
     work.bundle("int8", trained, f"{QUANTIZE}")
     for seed in range(arguments.seeds):
         work.bundle(f"distilled-{seed}", trained, f"{PRUNE}, distill{{{training}}}, {QUANTIZE}", seed)
-        work.bundle(f"qat-{seed}", trained, f"{PRUNE}, distill{{{training}}}, {QUANTIZE}, {_qat(arguments)}", seed)
         work.bundle(f"finetuned-{seed}", trained, f"{PRUNE}, finetune{{{training}}}, {QUANTIZE}", seed)
+    for seed in range(arguments.seeds):
+        distilled = arguments.work / f"distilled-{seed}" / "checkpoint" / "architecture.json"
+        work.bundle(f"qat-{seed}", str(distilled), f"{QUANTIZE}, {_qat(arguments)}", seed)
     work.bundle("latency", trained, f"prune-channels{{latency={LATENCY}}}, distill{{{TRAINING.format(epochs=1)}}}, {QUANTIZE}")
     names = [path.name for path in sorted(arguments.work.iterdir()) if (path / bundles.MANIFEST).is_file()]
     right = {name: _right(arguments.work / name, data) for name in names}

@@ -102,10 +102,12 @@ def module_of(artifact: Artifact) -> Any:
 
 
 def first_output(result: Any) -> torch.Tensor:
-    """The first tensor that a forward returned."""
-    from deploycc.forms.module import named_outputs
+    """The first tensor that a forward returned; in float32 where mixed precision made it smaller."""
+    import torch
+    from torch.utils import _pytree as pytree
 
-    return named_outputs(result)[0][1]
+    found: torch.Tensor = next(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+    return found.float() if found.dtype in (torch.bfloat16, torch.float16) else found
 
 
 def scorer(feeder: Feeder, guide: nn.Module | None) -> tuple[Callable[[nn.Module], float] | None, str]:

@@ -403,6 +403,12 @@ def test_a_student_learns_from_the_teacher_without_labels():
     assert after.details["teacher"] == "net"
 
 
+def test_mixed_precision_compares_outputs_in_float():
+    guide = teacher()
+    after = Distill(**QUICK, precision="bf16")(artifact(net(8, seed=3)), context(guide))
+    assert top1(after) > 0.85
+
+
 def test_another_student_and_teacher_by_name():
     guide, small = teacher(), artifact(net(4, seed=5), "small")
     known = {"small": small, "guide": guide}
