@@ -126,6 +126,8 @@ def _refuse_early(planned: Plan, options: Options) -> None:
     if not available:
         raise MissingDependency(f"backend '{planned.backend.name}': {available.missing}", fix=available.install)
     check_destination(options.output)
+    if any(step.body.trains for step in planned.pipeline.steps):
+        planned.data.part("training")  # raises DataNeeded
     lossy = [step.body.name for step in planned.pipeline.steps if step.body.effect.tolerance is None]
     if lossy and not planned.data.has("validation"):
         raise DataNeeded(

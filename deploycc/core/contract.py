@@ -133,6 +133,11 @@ class Pass(ABC):
     decided_by: ClassVar[frozenset[str]] = TARGET_PARTS  # the parts of the target that its result depends on: in the cache key too
 
     @property
+    def trains(self) -> bool:
+        """Whether it cannot do without training data, so that a run without them is refused before anything slow."""
+        return False
+
+    @property
     def new_classes(self) -> int | None:
         """How many classes the model has after the pass, where it gets another head."""
         return None

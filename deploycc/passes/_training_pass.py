@@ -115,6 +115,11 @@ class TrainingPass(TrainingOptions, Pass):
     reads: ClassVar[frozenset[str]] = frozenset({"training"})
     decided_by: ClassVar[frozenset[str]] = frozenset()
 
+    @property
+    def trains(self) -> bool:
+        """Yes."""
+        return True
+
     def requires(self, artifact: Artifact, context: Context) -> None:
         """A float module, accelerate, training data."""
         from deploycc.passes._train import require_accelerate

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch import nn
 
@@ -103,6 +104,16 @@ def test_another_student_learns_from_the_prepared_model_and_is_stored_under_its_
 def test_no_resume_does_everything_afresh(folder):
     afresh = compiled(folder, f"{HEAD}, export-onnx, quantize-static", "b4", resume=False)
     assert not any(receipt.cached for receipt in afresh.outcome.attempts[0].artifact.history)
+
+
+def test_training_without_training_data_is_refused_before_the_model_is_loaded(folder):
+    from deploycc.errors import DataNeeded
+
+    np.savez(folder / "only.npz", input=np.zeros((20, 1, 8, 8), np.float32), label=np.zeros(20, np.int64))
+    options = Options(target=target(), data=str(folder / "only.npz"), passes=f"{HEAD}, export-onnx", output=folder / "b5")
+    with pytest.raises(DataNeeded, match="needs training data") as error:
+        driver.compile(f"{folder}/missing.py:make", options)
+    assert "train/ and val/" in error.value.fix
 
 
 def test_only_leading_passes_prepare():
