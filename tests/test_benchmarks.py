@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deploycc.bench.environment import capture
@@ -128,3 +129,49 @@ def test_each_bar_fails_alone(vs_peers, change, met):
 def test_no_result_holds_a_path_of_the_machine_it_was_made_on():
     for path in (BENCHMARKS / "results").rglob("*.*"):
         assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text()), path
+
+
+# --- train_pipeline
+
+
+@pytest.fixture(scope="module")
+def train_pipeline():
+    return script("train_pipeline")
+
+
+def test_a_drop_is_paired_image_by_image(train_pipeline):
+    reference, other = np.ones(1000, bool), np.ones(1000, bool)
+    other[:10] = False
+    drop, low, high = train_pipeline.paired_drop(reference, other)
+    assert drop == pytest.approx(0.01)
+    assert 0.003 < low < 0.01 < high < 0.018
+    assert train_pipeline.paired_drop(reference, reference) == (0.0, 0.0, 0.0)
+
+
+def trained(name, top1, drop, of_float, of_int8):
+    return {"name": name, "top1": top1, "drop": [drop, 0, 0], "of_float": [of_float, 0, 0], "of_int8": [of_int8, 0, 0]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "missed"),
+    [
+        ({}, []),
+        ({"float": ("float", 0.92, 0, 1, 3)}, [0]),
+        ({"distilled-1": ("distilled-1", 0.935, 0.02, 0.2, 0.5)}, [1]),
+        ({"qat-0": ("qat-0", 0.93, 0.009, 0.2, 0.5)}, [2]),
+        ({"distilled-0": ("distilled-0", 0.935, 0.001, 0.31, 0.5)}, [3]),
+        ({"distilled-0": ("distilled-0", 0.935, 0.001, 0.2, 0.61)}, [4]),
+        ({"finetuned-0": ("finetuned-0", 0.95, 0, 0.2, 0.5)}, [5]),
+        ({"latency": ("latency", 0.9, 0, 0.2, 0.56)}, [6]),
+    ],
+)
+def test_each_bar_of_the_training_fails_alone(train_pipeline, changed, missed):
+    rows = {"float": ("float", 0.935, 0, 1, 3), "latency": ("latency", 0.93, 0, 0.2, 0.52)}
+    for seed in range(2):
+        rows |= {
+            f"distilled-{seed}": (f"distilled-{seed}", 0.935, 0.001, 0.2, 0.5),
+            f"qat-{seed}": (f"qat-{seed}", 0.935, 0.001, 0.2, 0.5),
+            f"finetuned-{seed}": (f"finetuned-{seed}", 0.93, 0.001, 0.2, 0.5),
+        }
+    found = train_pipeline.bars([trained(*row) for row in {**rows, **changed}.values()], 2)
+    assert [index for index, bar in enumerate(found) if not bar["met"]] == missed

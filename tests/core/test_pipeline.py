@@ -348,3 +348,61 @@ def test_a_broken_constraint_shows_its_rule_its_places_and_its_fix(context):
     assert "conv0: 3 channels" in caught.value.what
     assert "and 1 more" in caught.value.what
     assert caught.value.fix == "Prune to an even number."
+
+
+@dataclass(frozen=True)
+class Named(Toy):
+    """Its result depends on something that an option only names."""
+
+    content: ClassVar[str] = "one"
+
+    def depends_on(self, context):
+        return self.content
+
+
+@dataclass(frozen=True)
+class Ahead(Toy):
+    looks_ahead: ClassVar[bool] = True
+    seen: ClassVar[list] = []
+
+    def apply(self, artifact, context):
+        self.seen.append((str(context.following), context.resume))
+        return Toy.apply(self, artifact, context)
+
+
+def test_what_an_option_names_is_in_the_key_by_content(context, tmp_path):
+    store = Store(tmp_path / "store")
+    assert [run(Named(), context=context, store=store).history[0].cached for _ in range(2)] == [False, True]
+    Named.content = "another"
+    try:
+        assert not run(Named(), context=context, store=store).history[0].cached
+    finally:
+        Named.content = "one"
+
+
+def test_a_pass_that_looks_ahead_is_stored_by_what_follows(context, tmp_path):
+    store = Store(tmp_path / "store")
+    first = run(Ahead(), Toy(factor=2.0), context=context, store=store)
+    assert run(Ahead(), Toy(factor=2.0), context=context, store=store).history[0].cached
+    assert not run(Ahead(), Toy(factor=3.0), context=context, store=store).history[0].cached
+    assert [text for text, _ in Ahead.seen] == ["toy{factor=2.0}", "toy{factor=3.0}"]
+    assert Ahead.seen[0][1].parent == tmp_path / "store" / "progress"
+    assert first.history[0].details == {}
+
+
+def test_what_cannot_be_had_outside_a_compile_says_so(context):
+    with pytest.raises(PreconditionError, match=r"'net\.py:make' cannot be captured here"):
+        context.model("net.py:make")
+    with pytest.raises(PreconditionError, match=r"'net\.py:loss' cannot be imported here"):
+        context.function("net.py:loss")
+    with pytest.raises(PreconditionError, match="latency cannot be measured"):
+        context.latency({})
+
+
+def test_one_of_several_processes_is_the_main_one(monkeypatch):
+    from deploycc.core import distributed
+
+    assert (distributed.rank(), distributed.processes(), distributed.is_main()) == (0, 1, True)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (distributed.rank(), distributed.processes(), distributed.is_main()) == (1, 2, False)

@@ -96,3 +96,32 @@ def test_entries_are_plain_json(tmp_path):
     store = Store(tmp_path)
     store.put("k", {"a": [1, None]}, write("x"))
     assert json.loads((store.root / "k" / ENTRY).read_text())["facts"] == {"a": [1, None]}
+
+
+def test_a_run_afresh_reads_nothing_and_replaces_what_was_there(tmp_path):
+    Store(tmp_path).put("k", {"a": 1}, write("old"))
+    afresh = Store(tmp_path, reading=False)
+    assert afresh.get("k") is None
+    afresh.put("k", {"a": 2}, write("new"))
+    facts, folder = Store(tmp_path).get("k")
+    assert facts == {"a": 2}
+    assert (folder / "data").read_text() == "new"
+
+
+def test_a_process_that_does_not_write_reads(tmp_path):
+    silent = Store(tmp_path, writing=False)
+    silent.put("k", {}, write("x"))
+    assert Store(tmp_path).get("k") is None
+    Store(tmp_path).put("k", {}, write("x"))
+    assert silent.get("k") is not None
+
+
+def test_what_a_pass_kept_to_go_on_from_is_gone_when_it_is_finished(tmp_path):
+    store = Store(tmp_path)
+    folder = store.progress("k")
+    folder.mkdir(parents=True)
+    (folder / "epoch.pt").write_text("state")
+    store.put("other", {}, write("x"))
+    assert folder.is_dir()
+    store.put("k", {}, write("x"))
+    assert not folder.exists()
