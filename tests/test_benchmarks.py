@@ -162,11 +162,13 @@ def trained(name, top1, drop, of_float, of_int8):
         ({"distilled-0": ("distilled-0", 0.935, 0.001, 0.31, 0.5)}, [3]),
         ({"distilled-0": ("distilled-0", 0.935, 0.001, 0.2, 0.61)}, [4]),
         ({"finetuned-0": ("finetuned-0", 0.95, 0, 0.2, 0.5)}, [5]),
-        ({"latency": ("latency", 0.9, 0, 0.2, 0.56)}, [6]),
+        ({"latency-float": ("latency-float", 0.9, 0, 0.56, 0.9)}, [6]),
+        ({"latency-int8": ("latency-int8", 0.9, 0, 0.2, 0.6)}, [7]),
     ],
 )
 def test_each_bar_of_the_training_fails_alone(train_pipeline, changed, missed):
-    rows = {"float": ("float", 0.935, 0, 1, 3), "latency": ("latency", 0.93, 0, 0.2, 0.52)}
+    rows = {"float": ("float", 0.935, 0, 1, 3), "latency-float": ("latency-float", 0.93, 0, 0.52, 1)}
+    rows |= {"latency-int8": ("latency-int8", 0.93, 0, 0.2, 0.72)}
     for seed in range(2):
         rows |= {
             f"distilled-{seed}": (f"distilled-{seed}", 0.935, 0.001, 0.2, 0.5),

@@ -40,7 +40,7 @@ class QuantInfo:
     """What was really applied, not what was asked for.
 
     Attributes:
-        method: "static", "dynamic" or "fx".
+        method: "static", "dynamic", "fx" or "qat".
         weights: dtype of the weights.
         activations: dtype of the activations ("none" when they stay float).
         per_channel: one weight scale per output channel.

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 GOALS = ("ratio", "macs", "params", "latency")
 LEVELS = (0.3, 0.6)  # shares of a group that the cost table is measured at
 CLOSE = 0.05  # of the latency goal
+LEAST_SHARE = 0.2  # of what a group's MACs would cost if all MACs cost the same
 ROUNDS = 6  # measurements of candidates
 TOGETHER = 12  # models of one interleaved run
 SHOWN = 6
@@ -292,7 +293,7 @@ class _Job:
     def _by_latency(self, goal: float) -> tuple[list[int], dict[str, Any]]:
         """Counts whose latency is measured to be the goal's share of the parent's, and the cost table. Raises PreconditionError."""
         table = self._cost_table()
-        worth = [max(0.0, *(saved / count for count, saved in rows)) if rows else 0.0 for rows in table]
+        worth = [self._worth(index, rows) for index, rows in enumerate(table)]
         sequence = self._sequence(worth)
         measured: dict[int, float] = {}
         low, high = 0, len(sequence)
@@ -326,6 +327,14 @@ class _Job:
         }
         self.notes.append(f"measured {measured[best]:.3f} of the parent's latency, {goal:g} asked, after {len(measured)} candidates")
         return counts, facts
+
+    def _worth(self, index: int, rows: Sequence[tuple[int, float]]) -> float:
+        """Milliseconds that one class of a group saves: measured, but never less than a part of its share of the MACs.
+
+        A small group's saving drowns in the noise of the clock; left out, it could not help to reach the goal.
+        """
+        by_macs = self.parent_ms * self._saved(index, 0) / self.whole[0]
+        return max(LEAST_SHARE * by_macs, *(saved / count for count, saved in rows))
 
     def _cost_table(self) -> list[list[tuple[int, float]]]:
         """For every group [(classes gone, milliseconds saved)]."""
