@@ -17,7 +17,7 @@ from deploycc.core.data import Data
 from deploycc.core.pipeline import Pipeline
 from deploycc.errors import DataNeeded, NothingToDo, PassError, PreconditionError
 from deploycc.forms.module import ModuleForm, capture_signature
-from deploycc.passes import prune_channels
+from deploycc.passes import _prune_job
 from deploycc.passes.prune_channels import PruneChannels
 from deploycc.runtime.signature import TensorSpec
 
@@ -277,7 +277,7 @@ def test_a_group_that_breaks_the_model_is_put_back_alone(monkeypatch):
 
 
 def test_groups_that_cannot_be_put_together_are_an_error(monkeypatch):
-    job = prune_channels._Job(PruneChannels(ratio=0.25), artifact(), context())
+    job = _prune_job.Job(PruneChannels(ratio=0.25), artifact(), context())
     monkeypatch.setattr(job, "_try", lambda counts: None)
     monkeypatch.setattr(job, "_bisected", lambda counts: counts)
     with pytest.raises(PassError, match="cannot put its groups together"):
