@@ -1,0 +1,224 @@
+"""Fake quantization with straight-through gradients, put into a Q/DQ graph and read out of it again.
+
+    v = clip(x / s, n, p),  n = q_min − z,  p = q_max − z
+    y = s·round(v),         ∂y/∂x = 1 where n ≤ x/s ≤ p, else 0        (Y. Bengio et al., 2013; B. Jacob et al., CVPR 2018)
+
+Activation scales stay as calibrated. Weight scales only grow, to max |w| / m when a weight leaves the range. Biases are rounded too, in
+steps of s_x·s_w: with one scale for weights of very different channels such a step is no small one.
+
+The rounding is the shipped graph's own: half to even, after the same division by the same float32 scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from deploycc.passes._onnx_torch import as_tensor
+from deploycc.passes._qdq import BIAS_LIMIT
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+
+
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """`x` on the grid of `scale`, between `low` and `high` steps; gradients as above."""
+    steps = torch.clamp(x / scale, low, high)
+    return (steps + (torch.round(steps) - steps).detach()) * scale
+
+
+class Activation(nn.Module):
+    """In place of QuantizeLinear: takes its inputs, gives the dequantized value.
+
+    Args:
+        scale: the scale, a scalar.
+        zero: the zero point.
+        limits: smallest and largest code.
+    """
+
+    scale: torch.Tensor
+
+    def __init__(self, scale: np.ndarray, zero: int, limits: tuple[int, int]) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float32))
+        self.low, self.high = limits[0] - zero, limits[1] - zero
+
+    def forward(self, x: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+        """Fake-quantize."""
+        return fake_quantize(x, self.scale, self.low, self.high)
+
+
+class Weights(nn.Module):
+    """In place of a weight's DequantizeLinear: the float weight on its grid.
+
+    Args:
+        weight: float values to start from.
+        scale: one, or one per index of `axis`.
+        axis: the output channels.
+        most: largest |code|.
+    """
+
+    scale: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, scale: np.ndarray, axis: int, most: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.register_buffer("scale", as_tensor(np.asarray(scale, np.float32)).reshape(-1))
+        self.axis, self.most = axis, most
+        self.shape = [-1 if index == axis and len(self.scale) > 1 else 1 for index in range(weight.dim())]
+        self.others = [index for index in range(weight.dim()) if index != axis]
+
+    def step(self) -> torch.Tensor:
+        """The scales, raised to hold the largest weight."""
+        peak = self.weight.detach().abs()
+        peak = peak.amax(self.others) if len(self.scale) > 1 else peak.amax().reshape(1)
+        return torch.maximum(self.scale, peak / self.most)
+
+    def forward(self, *_: torch.Tensor | None) -> torch.Tensor:
+        """The weight that the shipped graph will compute with."""
+        return fake_quantize(self.weight, self.step().reshape(self.shape), -self.most, self.most)
+
+    @torch.no_grad()
+    def codes(self) -> np.ndarray:
+        """Whole numbers."""
+        return torch.clamp(torch.round(self.weight / self.step().reshape(self.shape)), -self.most, self.most).cpu().numpy()
+
+
+class Bias(nn.Module):
+    """In place of a bias's DequantizeLinear: the float bias in steps of its operator's products.
+
+    Args:
+        bias: float values to start from.
+        activation: of the operator's input.
+        weights: of the operator.
+    """
+
+    def __init__(self, bias: torch.Tensor, activation: Activation, weights: Weights) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+        self.factors = (activation, weights)  # a tuple: they are modules of the graph, not of this one
+
+    def step(self) -> torch.Tensor:
+        """s_x·s_w."""
+        activation, weights = self.factors
+        return activation.scale * weights.step()
+
+    def forward(self, *_: torch.Tensor | None) -> torch.Tensor:
+        """The bias that the shipped graph will add."""
+        return fake_quantize(self.bias, self.step(), -BIAS_LIMIT, BIAS_LIMIT)
+
+    @torch.no_grad()
+    def codes(self) -> np.ndarray:
+        """Whole numbers."""
+        return torch.clamp(torch.round(self.bias / self.step()), -BIAS_LIMIT, BIAS_LIMIT).cpu().numpy()
+
+
+class Through(nn.Module):
+    """In place of DequantizeLinear after a fake quantization: its first input."""
+
+    def forward(self, x: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+        """As it is."""
+        return x
+
+
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """Where a Q/DQ graph is trained.
+
+    Attributes:
+        modules: by the name of the node that they stand for.
+        weights: by the name of their DequantizeLinear.
+        biases: likewise.
+    """
+
+    modules: Mapping[str, nn.Module]
+    weights: Mapping[str, Weights]
+    biases: Mapping[str, Bias]
+
+
+def sites(graph: ir.Graph, *, reduce_range: bool) -> Sites:
+    """Find what quantization put into `graph`, and make modules to train in its place. Constants of Add, Mul and Concat stay."""
+    modules: dict[str, nn.Module] = {}
+    activations: dict[str, Activation] = {}  # by the name of their scale, which several nodes may share
+    weights: dict[str, Weights] = {}
+    biases: dict[str, Bias] = {}
+    for node in graph:
+        if node.op_type == "QuantizeLinear":
+            scale, zero = _name(node.inputs[1]), array(node.inputs[2])
+            limits = np.iinfo(zero.dtype)
+            if scale not in activations:
+                activations[scale] = Activation(array(node.inputs[1]), int(zero), (int(limits.min), int(limits.max)))
+            modules[node.name or ""] = activations[scale]
+        elif node.op_type == "DequantizeLinear" and _maker(node.inputs[0], "QuantizeLinear"):
+            modules[node.name or ""] = Through()
+        elif _reader(node, 1) is not None:
+            weights[node.name or ""] = _weights(node, 63 if reduce_range else 127)
+    for node in graph:
+        reader = _reader(node, 2)
+        source, weight = (_maker(value, "DequantizeLinear") for value in reader.inputs[:2]) if reader is not None else (None, None)
+        scale = activations.get(_name(source.inputs[1])) if source is not None else None
+        if weight is not None and weight.name in weights and scale is not None:
+            biases[node.name or ""] = Bias(torch.from_numpy(dequantized(node).copy()), scale, weights[weight.name])
+    return Sites({**modules, **weights, **biases}, weights, biases)
+
+
+def _weights(node: ir.Node, most: int) -> Weights:
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    values = dequantized(node)
+    return Weights(torch.from_numpy(values.copy()), array(node.inputs[1]), axis % values.ndim, most)
+
+
+def _reader(node: ir.Node, place: int) -> ir.Node | None:
+    """The weighted operator whose input `place` is a constant that `node` dequantizes."""
+    constant = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+    if constant is None or constant.const_value is None:
+        return None
+    return next((reader for reader, index in node.outputs[0].uses() if reader.op_type in WEIGHTED and index == place), None)
+
+
+def _maker(value: ir.Value | None, kind: str) -> ir.Node | None:
+    """The node that makes a value, if it is of that kind."""
+    made = value.producer() if value is not None else None
+    return made if made is not None and made.op_type == kind else None
+
+
+def _name(value: ir.Value | None) -> str:
+    return (value.name or "") if value is not None else ""
+
+
+def array(value: ir.Value | None) -> np.ndarray:
+    """The constant in a value."""
+    if value is None or value.const_value is None:
+        raise ValueError(f"{_name(value)} is not constant")  # quantize-static writes constants
+    return value.const_value.numpy()
+
+
+def dequantized(node: ir.Node) -> np.ndarray:
+    """What a DequantizeLinear of constants gives."""
+    codes, scale = array(node.inputs[0]).astype(np.float32), array(node.inputs[1])
+    zero = array(node.inputs[2]).astype(np.float32) if len(node.inputs) > 2 and node.inputs[2] is not None else np.float32(0)
+    if scale.ndim:
+        axis = node.attributes["axis"].as_int() % codes.ndim
+        shape = [-1 if index == axis else 1 for index in range(codes.ndim)]
+        scale, zero = scale.reshape(shape), zero.reshape(shape)
+    return ((codes - zero) * scale).astype(np.float32)
+
+
+def write_back(graph: ir.Graph, found: Sites) -> None:
+    """Put what was trained into the same graph, in place (give it a clone): codes and scales; no node changes."""
+    for node in graph:
+        made = found.weights.get(node.name or "") or found.biases.get(node.name or "")
+        if made is not None:
+            _set(node.inputs[0], made.codes())
+            _set(node.inputs[1], np.broadcast_to(made.step().detach().cpu().numpy(), array(node.inputs[1]).reshape(-1).shape))
+
+
+def _set(value: ir.Value | None, values: np.ndarray) -> None:
+    """Give an initializer new numbers, of its own type and shape."""
+    old = array(value)
+    if value is not None:
+        value.const_value = ir.tensor(np.ascontiguousarray(values).astype(old.dtype).reshape(old.shape), name=value.name)

@@ -1,0 +1,44 @@
+"""Fake quantization: forward against numpy, gradients by hand, and what is written back."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from deploycc.passes._fake_quant import Activation, Bias, Weights, array, fake_quantize
+
+
+def test_the_forward_is_numpys_rounding_half_to_even():
+    x = np.concatenate([np.linspace(-3, 9, 501), [0.125, 0.375, -0.125]]).astype(np.float32)
+    got = Activation(np.float32(0.25), 4, (0, 31))(torch.from_numpy(x)).numpy()
+    codes = np.clip(np.rint(x / np.float32(0.25)) + 4, 0, 31)
+    np.testing.assert_array_equal(got, ((codes - 4) * np.float32(0.25)).astype(np.float32))
+
+
+def test_gradients_go_straight_through_inside_the_range_only():
+    x = torch.tensor([-9.0, -1.0, 0.3, 1.2, 9.0], requires_grad=True)
+    fake_quantize(x, torch.tensor(0.5), -4, 4).mul(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 2, 3, 4, 0]
+
+
+def test_weight_scales_grow_with_the_largest_weight_and_hold_it():
+    made = Weights(torch.tensor([[0.5, -1.0], [0.2, 0.1]]), np.array([1 / 63, 1.0], np.float32), 0, 63)
+    with torch.no_grad():
+        made.weight[0, 1] = -2.0
+    assert made.step().tolist() == pytest.approx([2 / 63, 1.0])
+    assert made.codes().tolist() == [[16, -63], [0, 0]]
+    np.testing.assert_allclose(made().detach().numpy(), made.codes() * made.step().numpy()[:, None], rtol=1e-6)
+
+
+def test_biases_are_rounded_to_the_products_of_both_scales():
+    weights = Weights(torch.ones(2, 3), np.array(1 / 127, np.float32), 0, 127)
+    made = Bias(torch.tensor([0.1, -0.3]), Activation(np.float32(0.5), 0, (0, 255)), weights)
+    assert made.codes().tolist() == np.rint(np.array([0.1, -0.3]) / (0.5 / 127)).tolist()
+    np.testing.assert_allclose(made().detach().numpy(), made.codes() * (0.5 / 127), rtol=1e-6)
+    assert set(dict(made.named_parameters())) == {"bias"}
+
+
+def test_a_scale_that_is_computed_is_refused():
+    with pytest.raises(ValueError, match="s is not constant"):
+        array(ir.Value(name="s"))

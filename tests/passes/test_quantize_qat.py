@@ -1,0 +1,226 @@
+"""Training of Q/DQ graphs: what is gained, what is written back, what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from deploycc.core.artifact import Artifact, Form
+from deploycc.core.contract import Context, Dataset, Sample
+from deploycc.core.data import Data
+from deploycc.core.pipeline import Pipeline
+from deploycc.core.target import Target
+from deploycc.errors import DataNeeded, PostconditionError, PreconditionError
+from deploycc.forms.module import capture_signature
+from deploycc.forms.onnx import write
+from deploycc.passes._fake_quant import array, sites
+from deploycc.passes.quantize_qat import QuantizeQat
+from deploycc.runtime.signature import TensorSpec
+
+EXPORT = "fold-batchnorm, export-onnx, fold-constants"
+TRAINED = 900
+
+
+class Digits:
+    """Pictures of digits; labels may be left out."""
+
+    def __init__(self, part, *, labelled=True):
+        digits = load_digits()
+        order = np.random.default_rng(0).permutation(len(digits.target))[part]
+        x = (digits.images[order] / 16).astype(np.float32)[:, None]
+        self.x, self.y, self.labelled = (x - 0.3) / 0.38, digits.target[order], labelled
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return Sample({"x": self.x[index]}, self.label(index), str(index))
+
+    def label(self, index):
+        return (int(self.y[index]),) if self.labelled else None
+
+    def digest(self, index):
+        return str(index)
+
+
+class Picked(nn.Module):
+    """A classifier that ends in ArgMax."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return self.body(x).argmax(1)
+
+
+def artifact(net):
+    return Artifact(Form.MODULE, net.eval(), capture_signature(net.eval(), (TensorSpec("x", "float32", (1, 1, 8, 8)),)), "digits")
+
+
+def context(reference, *, labelled=True, parts=("train", "val")):
+    quant = {"per_channel": False, "reduce_range": True}
+    made = {"name": "t", "title": "t", "backend": "onnxruntime", "arch": "any", "pipeline": "", "quant": quant}
+    data = {"train": Digits(slice(0, TRAINED), labelled=labelled), "val": Digits(slice(TRAINED, None))}
+    dataset = Dataset("digits", {name: data[name] for name in parts})
+    return Context(Target.model_validate(made), reference, Data(dataset), 0, Path())
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A float net whose channels differ much in size, as depthwise nets' do: nothing in float, hard on one scale per tensor."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+        )  # fmt: skip
+        rows = Digits(slice(0, TRAINED))
+        x, y = torch.from_numpy(rows.x), torch.from_numpy(rows.y)
+        optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+        for _ in range(12):
+            for some in torch.randperm(TRAINED).split(64):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(x[some]), y[some]).backward()
+                optimizer.step()
+        with torch.no_grad():
+            for norm, reader in ((1, 3), (4, 7)):
+                factor = torch.exp(1.5 * torch.randn(net[norm].weight.shape))
+                net[norm].weight.mul_(factor)
+                net[norm].bias.mul_(factor)
+                net[reader].weight.div_(factor[None, :, None, None])
+    return artifact(net)
+
+
+@pytest.fixture(scope="module")
+def quantized(trained):
+    return Pipeline.parse(f"{EXPORT}, quantize-static").run(trained, context(trained))
+
+
+@pytest.fixture(scope="module")
+def after(trained, quantized):
+    return run("epochs=3 lr=0.002", quantized, context(trained))
+
+
+def run(options, quantized, where):
+    return Pipeline.parse(f"quantize-qat{{{options}}}").run(quantized, where)
+
+
+def right(made, tmp_path):
+    rows = Digits(slice(TRAINED, None))
+    session = ort.InferenceSession(str(write(made.model, tmp_path)), providers=["CPUExecutionProvider"])
+    return np.mean([int(np.argmax(session.run(None, {"x": x[None]})[0])) == y for x, y in zip(rows.x, rows.y, strict=True)])
+
+
+def constants(made):
+    return {name: value.const_value.numpy() for name, value in made.model.graph.initializers.items()}
+
+
+def test_what_quantization_lost_is_won_back(quantized, after, tmp_path):
+    before, now = right(quantized, tmp_path), right(after, tmp_path)
+    assert before < 0.9
+    assert now > before + 0.05
+
+
+def test_the_graph_keeps_its_nodes_types_and_shapes_and_the_numbers_are_those_of_training(quantized, after):
+    old, new = constants(quantized), constants(after)
+    assert [(node.name, node.op_type) for node in quantized.model.graph] == [(node.name, node.op_type) for node in after.model.graph]
+    assert {name: (v.dtype, v.shape) for name, v in old.items()} == {name: (v.dtype, v.shape) for name, v in new.items()}
+    assert after.quant is not None
+    assert after.quant.method == "qat"
+    found = sites(after.model.graph, reduce_range=True)
+    nodes = {node.name: node for node in after.model.graph}
+    assert len(found.weights) == len(found.biases) == 4
+    for name, weights in found.weights.items():
+        codes = array(nodes[name].inputs[0])
+        assert codes.dtype == np.int8
+        assert np.abs(codes.astype(int)).max() <= 63
+        np.testing.assert_array_equal(weights.codes(), codes)
+    for name, bias in found.biases.items():
+        assert array(nodes[name].inputs[0]).dtype == np.int32
+        np.testing.assert_allclose(array(nodes[name].inputs[1]), bias.step().detach().numpy().max(), rtol=1e-6)
+
+
+def test_the_shipped_graph_is_the_trained_one(after):
+    details = after.history[-1].details if hasattr(after.history[-1], "details") else after.details
+    assert details["as_written"]["sqnr_db"] > 60
+    assert details["as_written"]["agreement"] == 1
+    assert details["fused"]["agreement"] >= 0.95
+    assert details["batches"] == "direct"
+    assert len(details["curves"]) == 3
+
+
+def test_unlabelled_data_and_the_teacher_are_enough(trained, quantized, tmp_path):
+    made = run("epochs=2 lr=0.002", quantized, context(trained, labelled=False))
+    assert right(made, tmp_path) > right(quantized, tmp_path)
+
+
+def test_a_training_that_was_cut_short_ends_with_the_same_numbers(trained, quantized, tmp_path):
+    def killed(what, done, total, note):
+        if done > total * 0.7:
+            raise KeyboardInterrupt
+
+    whole = run("epochs=2 samples=256", quantized, context(trained))
+    with pytest.raises(KeyboardInterrupt):
+        QuantizeQat(epochs=2, samples=256).apply(quantized, replace(context(trained), resume=tmp_path, progress=killed))
+    assert list(tmp_path.iterdir())
+    again = QuantizeQat(epochs=2, samples=256).apply(quantized, replace(context(trained), resume=tmp_path))
+    old, new = constants(whole), constants(again)
+    assert all(old[name].tobytes() == new[name].tobytes() for name in old)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize("given", [{"alpha": 2.0}, {"teacher": "none", "alpha": 0.5}, {"temperature": 0.0}, {"loss": "huh"}])
+def test_options_out_of_range_are_refused(given):
+    with pytest.raises(ValueError, match=next(reversed(given))):
+        QuantizeQat(**given)
+
+
+def test_graphs_that_quantize_static_has_not_quantized_are_refused(trained):
+    where = context(trained)
+    plain = Pipeline.parse(EXPORT).run(trained, where)
+    with pytest.raises(PreconditionError, match="in float") as caught:
+        QuantizeQat().requires(plain, where)
+    assert "quantize-static" in (caught.value.fix or "")
+    linear = artifact(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    dynamic = Pipeline.parse("export-onnx, quantize-dynamic").run(linear, context(linear))
+    with pytest.raises(PreconditionError, match="dynamically"):
+        QuantizeQat().requires(dynamic, where)
+    floats = where.target.model_copy(update={"quant": where.target.quant.model_copy(update={"activations": "none"})})
+    with pytest.raises(PreconditionError, match="no rounding to train"):
+        QuantizeQat().requires(plain, replace(where, target=floats))
+
+
+def test_data_labels_and_a_teacher_that_do_not_fit_are_refused(trained, quantized):
+    with pytest.raises(DataNeeded):
+        QuantizeQat().requires(quantized, replace(context(trained), data=Data(None)))
+    with pytest.raises(DataNeeded, match="asks for labels"):
+        QuantizeQat(teacher="none").requires(quantized, context(trained, labelled=False))
+    other = artifact(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+    with pytest.raises(PreconditionError, match="different questions"):
+        QuantizeQat().requires(quantized, context(other))
+
+
+def test_a_graph_without_gradients_is_refused(trained):
+    picked = artifact(Picked(trained.model))
+    where = context(picked)
+    made = Pipeline.parse(f"{EXPORT}, quantize-static").run(picked, where)
+    with pytest.raises(PreconditionError, match="no gradient reaches"):
+        QuantizeQat().apply(made, where)
+
+
+def test_changed_nodes_and_other_outputs_are_found(trained, quantized, after):
+    where, told = context(trained), {"as_written": {"sqnr_db": 12.0}}
+    plain = Pipeline.parse(EXPORT).run(trained, where)
+    with pytest.raises(PostconditionError, match="nodes"):
+        QuantizeQat().ensures(plain, quantized, where)
+    with pytest.raises(PostconditionError, match=r"12\.0 dB"):
+        QuantizeQat().ensures(quantized, replace(after, details=told), where)
