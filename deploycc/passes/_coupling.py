@@ -135,8 +135,11 @@ class Coupling:
         self.names: dict[int, str] = {}  # id of a tensor → its first name: tied tensors share their labels
         self.unknown: Counter[str] = Counter()
         self.joint: list[Factor] = []
+        self.used: set[str] = set()
         for node in graph.graph.nodes:
             self._visit(node)
+        for name in self.tensors.keys() - self.used:  # a head for training only: nothing says what it goes with
+            self.labels.freeze(*self.tensors[name].factors)
         self._make_rectangular()
 
     # What the rules use
@@ -164,6 +167,8 @@ class Coupling:
     def _visit(self, node: fx.Node) -> None:
         if node.op == "get_attr":
             self.values[node] = self._parameter(str(node.target))
+            if node.users:
+                self.used.add(self.names[id(attribute(self.graph, str(node.target)))])
         elif node.op == "placeholder":
             self.values[node] = blank(node)
         elif node.op == "output":

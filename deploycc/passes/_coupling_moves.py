@@ -39,6 +39,21 @@ def moved(coupling: Coupling, node: fx.Node) -> Any:
     return made
 
 
+def moved_as(coupling: Coupling, node: fx.Node) -> Any:
+    """view_as and the like: moved to the other tensor's shape, and what goes there goes here."""
+    import torch
+
+    from deploycc.passes._coupling import Value, blank, collapse
+
+    value, other, made = coupling.known(node.args[0]), coupling.known(node.args[1]), blank(node)
+    for factor in value.factors:
+        full = torch.from_numpy(np.broadcast_to(factor, value.shape).copy())
+        out = full.expand(made.shape) if str(node.target).split(".")[1] == "expand_as" else full.reshape(made.shape)
+        made.factors.append(collapse(out.contiguous().numpy()))
+    made.factors = align(coupling, [made, Value(other.shape, other.factors)], len(made.shape))
+    return made
+
+
 def picked(coupling: Coupling, node: fx.Node) -> Any:
     """select, unbind: positions of the axis are told apart by their index, so none of them may go alone."""
     from deploycc.passes._coupling import arguments
@@ -178,11 +193,12 @@ def windows(coupling: Coupling, node: fx.Node) -> Any:
 _MOVES = (
     *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "chunk", "split", "split_with_sizes"),
     *("narrow", "expand", "roll", "flip", "repeat", "unsqueeze", "squeeze", "pixel_shuffle", "pixel_unshuffle", "unfold"),
-    *("tensor_split", "movedim", "swapaxes", "channel_shuffle", "repeat_interleave", "view_as", "expand_as", "tile", "moveaxis", "mT"),
+    *("tensor_split", "movedim", "swapaxes", "channel_shuffle", "repeat_interleave", "tile", "moveaxis", "mT"),
     *("numpy_T", "adjoint", "swapdims", "rot90"),
 )
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_MOVES, moved),
+    **dict.fromkeys(("view_as", "reshape_as", "expand_as"), moved_as),
     **dict.fromkeys(("select", "unbind"), picked),
     **dict.fromkeys(("index", "index_select"), indexed),
     **dict.fromkeys(("pad", "constant_pad_nd"), padded),

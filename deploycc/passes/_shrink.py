@@ -134,7 +134,7 @@ def _rewrites(coupling: Coupling, removed: np.ndarray) -> tuple[list[Any], dict[
             query = coupling.known(node.args[0])
             change = {"scale": 1 / math.sqrt(query.shape[-1])} if sizes(query)[-1] != query.shape[-1] else {}
         elif name == "group_norm" and sizes(made)[1] != made.shape[1]:
-            _attributes(layers, node.args[2] if len(node.args) > 2 else None, num_channels=sizes(made)[1])
+            _attributes(layers, arguments(node)["weight"], num_channels=sizes(made)[1])
         elif name == "linear":
             weight = coupling.known(node.args[1])
             if sizes(weight) != list(weight.shape):

@@ -127,9 +127,24 @@ class Windows(nn.Module):
         return self.fc(x.mean((1, 2)))
 
 
+class Alike(nn.Module):
+    """A shape taken from another tensor, and a group norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Linear(8, 8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.a(x))).permute(0, 2, 3, 1)
+        y = self.b(x.flatten(1, 2)).reshape_as(x)
+        return self.fc((x + y + x.mean((1, 2), keepdim=True).expand_as(x)).mean((1, 2)))
+
+
 NETS = {
     "residual": Residual, "dense": Dense, "shuffle": Shuffle, "grouped-8": lambda: Grouped(8), "grouped-2": lambda: Grouped(2),
     "squeeze": Squeeze, "attention": Attention, "fused attention": lambda: Attention(whole=True), "tied": Tied, "windows": Windows,
+    "alike": Alike,
 }  # fmt: skip
 
 
@@ -224,6 +239,20 @@ def test_the_outputs_and_what_is_unknown_stay_whole():
     assert [group.name for group in coupling.groups()] == ["b"]
     assert "fc.weight" in {place.tensor for place in coupling.groups()[0].places}
     assert coupling.tensors["fc.weight"].shape == (5, 10)
+
+
+def test_what_the_graph_does_not_use_stays_whole():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc, self.aux = nn.Linear(6, 10), nn.Linear(10, 5), nn.Linear(10, 7)
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
+
+    coupling = Coupling(capture(Auxiliary().eval(), (torch.randn(2, 6),))[0])
+    assert [group.name for group in coupling.groups()] == ["a"]
 
 
 def test_macs_are_those_that_the_smaller_model_has():
