@@ -128,15 +128,15 @@ class Windows(nn.Module):
 
 
 class Alike(nn.Module):
-    """A shape taken from another tensor, and a group norm."""
+    """Shapes taken from another tensor."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.norm, self.b = nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Linear(8, 8)
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Linear(8, 8)
         self.fc = nn.Linear(8, 5)
 
     def forward(self, x):
-        x = F.relu(self.norm(self.a(x))).permute(0, 2, 3, 1)
+        x = F.relu(self.a(x)).permute(0, 2, 3, 1)
         y = self.b(x.flatten(1, 2)).reshape_as(x)
         return self.fc((x + y + x.mean((1, 2), keepdim=True).expand_as(x)).mean((1, 2)))
 
@@ -253,6 +253,16 @@ def test_what_the_graph_does_not_use_stays_whole():
 
     coupling = Coupling(capture(Auxiliary().eval(), (torch.randn(2, 6),))[0])
     assert [group.name for group in coupling.groups()] == ["a"]
+
+
+def test_group_norm_is_told_its_channels():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 5, 1)).eval()
+    example = (torch.randn(2, 3, 4, 4),)
+    coupling = Coupling(capture(net, example)[0])
+    (group,) = coupling.groups()
+    small = shrink(net, coupling, example, group.classes[:1])  # the same position of both groups
+    assert small.edit["kind"] == "resize"
+    assert small.model[1].num_channels == 6
 
 
 def test_macs_are_those_that_the_smaller_model_has():
