@@ -112,7 +112,7 @@ def one(text: str) -> Row:
         )
         context = Context(target.load("x86-onnxruntime"), made, Data(None), 0, Path())
         after = PruneChannels(ratio=RATIO, multiple=1)(made, context)
-        macs = after.details["macs"]
+        macs = (after.details or {})["macs"]
         unknown = "; ".join(note for note in after.notes if "understood" in note or "put back" in note)
         row = replace(row, share=1 - macs[0] / macs[1], form=str(after.edits[-1]["kind"]), unknown=unknown[:300])
         x = torch.randn(1, 3, pixels, pixels)

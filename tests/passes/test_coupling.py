@@ -262,7 +262,7 @@ def test_group_norm_is_told_its_channels():
     (group,) = coupling.groups()
     small = shrink(net, coupling, example, group.classes[:1])  # the same position of both groups
     assert small.edit["kind"] == "resize"
-    assert small.model[1].num_channels == 6
+    assert small.model.get_submodule("1").num_channels == 6
 
 
 def test_macs_are_those_that_the_smaller_model_has():
