@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import fx
 
 FROZEN = 0
+CONSTANTS = ("lifted_tensor_", "_tensor_constant")  # the exporter's: written in forward, so the module has none of that name
 Factor = np.ndarray
 
 
@@ -169,6 +170,8 @@ class Coupling:
             self.values[node] = self._parameter(str(node.target))
             if node.users:
                 self.used.add(self.names[id(attribute(self.graph, str(node.target)))])
+            if str(node.target).rpartition(".")[2].startswith(CONSTANTS):
+                self.labels.freeze(*self.values[node].factors)
         elif node.op == "placeholder":
             self.values[node] = blank(node)
         elif node.op == "output":

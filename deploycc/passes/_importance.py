@@ -47,9 +47,9 @@ def importance(criterion: str, coupling: Coupling, groups: Sequence[Group], arti
     scores: Scores
     if criterion in ("l1", "l2"):
         power = 1 if criterion == "l1" else 2
-        scores = {name: _axes(np.abs(_array(module, name)).astype(np.float64) ** power) for name in coupling.tensors}
+        scores = {name: _axes(np.abs(_array(module, name)).astype(np.float64) ** power) for name in coupling.tensors if _has(module, name)}
     elif criterion == "fpgm":
-        scores = {name: _distances(_array(module, name)) for name in coupling.tensors}
+        scores = {name: _distances(_array(module, name)) for name in coupling.tensors if _has(module, name)}
     elif criterion == "bn-scale":
         scores = {name: [np.abs(_array(module, name))] for name in _norm_scales(module)}
     elif criterion == "taylor":
@@ -93,6 +93,12 @@ def _counts(place: Place, coupling: Coupling, criterion: str) -> bool:
 def _array(module: nn.Module, name: str) -> np.ndarray:
     tensor: torch.Tensor = attribute(module, name)
     return tensor.detach().float().numpy()
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Constants written in forward are in the graph alone."""
+    path, _, leaf = name.rpartition(".")
+    return hasattr(module.get_submodule(path), leaf)
 
 
 def _axes(values: np.ndarray) -> list[np.ndarray]:

@@ -131,6 +131,15 @@ def test_the_least_important_go_by_each_criterion():
         PruneChannels(ratio=0.5, criterion="bn-scale")(artifact(), context())
 
 
+def test_a_constant_written_in_forward_stays():
+    class Scaled(Net):
+        def forward(self, x):
+            return super().forward(x * torch.tensor([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1))
+
+    made = artifact(Scaled())
+    assert PruneChannels(ratio=0.25)(made, context(made)).details["kept"] == {"stem": [12, 16], "a": [18, 24], "down": [24, 32]}
+
+
 def test_random_is_drawn_with_the_seed():
     def weight(seed):
         return PruneChannels(ratio=0.5, criterion="random")(artifact(), context(seed=seed)).model.a.weight
