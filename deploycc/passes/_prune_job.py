@@ -285,7 +285,7 @@ class Job:
                 return uniform
         return list(counts)
 
-    def _try(self, counts: Sequence[int]) -> Artifact | None:
+    def _try(self, counts: Sequence[int], *, proven: bool = False) -> Artifact | None:
         """The artifact without these, or None when the model does not run then."""
         from deploycc.passes._importance import chosen
         from deploycc.passes._shrink import shrink
@@ -293,7 +293,8 @@ class Job:
         if not any(counts):
             return self.artifact
         try:
-            shrunk = shrink(self.artifact.model, self.coupling, self.example, list(chosen(self.groups, counts, self.order)))
+            classes = list(chosen(self.groups, counts, self.order))
+            shrunk = shrink(self.artifact.model, self.coupling, self.example, classes, proven=proven)
         except Exception:  # noqa: BLE001  (the model's own forward)
             return None
         return self._evolved(shrunk)
@@ -305,7 +306,7 @@ class Job:
 
     def _removed(self, counts: list[int]) -> tuple[Artifact, list[int]]:
         """Without `counts`; a group that breaks the model is put back alone. Raises NothingToDo when nothing can go."""
-        whole = self._try(counts)
+        whole = self._try(counts, proven=True)
         accepted = counts if whole is not None else self._bisected(counts)
         for group, asked, done in zip(self.groups, counts, accepted, strict=True):
             if done < asked:
@@ -314,7 +315,7 @@ class Job:
             raise NothingToDo(
                 "prune-channels removes nothing: the groups are too small for the goal, or break the model", fix="leave it out"
             )
-        pruned = whole or self._try(accepted)
+        pruned = whole or self._try(accepted, proven=True)
         if pruned is None:
             raise PassError("prune-channels cannot put its groups together", fix="name the layers that stay whole: skip=…, and report it")
         return pruned, accepted

@@ -32,8 +32,14 @@ class Shrunk:
     edit: dict[str, Any]
 
 
-def shrink(module: nn.Module, coupling: Coupling, example: tuple[torch.Tensor, ...], classes: Iterable[int]) -> Shrunk:
-    """`module` without `classes`; the module itself is not changed. Raises what a forward that does not run raises."""
+def shrink(
+    module: nn.Module, coupling: Coupling, example: tuple[torch.Tensor, ...], classes: Iterable[int], *, proven: bool = False
+) -> Shrunk:
+    """`module` without `classes`; the module itself is not changed. Raises what a forward that does not run raises.
+
+    With `proven` the resized module is only taken when it answers as the graph does, and runs in train mode if the module did (heads that
+    only training uses are not in the graph).
+    """
     import torch
 
     removed = coupling.mask(classes)
@@ -50,8 +56,44 @@ def shrink(module: nn.Module, coupling: Coupling, example: tuple[torch.Tensor, .
         expected = _outputs(module(*example))
     resized = _resized(module, kept, layers, example)
     if resized is not None and [item.shape for item in resized[1]] == [item.shape for item in expected]:
-        edit = {"kind": "resize", "layers": _described(module, resized[0])}
-        return Shrunk(resized[0], edit)
+        small = Shrunk(resized[0], {"kind": "resize", "layers": _described(module, resized[0])})
+        if not proven:
+            return small
+        trains = _trains(resized[0], example) or not _trains(module, example)
+        if trains and _alike(resized[1], _as_graph(module, kept, layers, graph_edit, example, expected)):
+            return small
+    return _as_graph(module, kept, layers, graph_edit, example, expected)[0]
+
+
+def _trains(module: nn.Module, example: tuple[torch.Tensor, ...]) -> bool:
+    """Whether a copy runs in train mode."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            copy.deepcopy(module).train()(*example)
+    except Exception:  # noqa: BLE001  (the user's own forward)
+        return False
+    return True
+
+
+def _alike(resized: list[torch.Tensor], graph: tuple[Shrunk, list[torch.Tensor]]) -> bool:
+    import torch
+
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max() + 1e-6)) for a, b in zip(resized, graph[1], strict=True))
+
+
+def _as_graph(
+    module: nn.Module,
+    kept: Mapping[str, list[np.ndarray]],
+    layers: Mapping[str, Mapping[str, Any]],
+    graph_edit: dict[str, Any],
+    example: tuple[torch.Tensor, ...],
+    expected: list[torch.Tensor],
+) -> tuple[Shrunk, list[torch.Tensor]]:
+    """The graph form and its outputs. Raises what a graph that does not run raises."""
+    import torch
+
     from deploycc.forms._edit_graph import build
 
     graph = build(module, example, graph_edit)
@@ -62,7 +104,7 @@ def shrink(module: nn.Module, coupling: Coupling, example: tuple[torch.Tensor, .
         actual = _outputs(graph(*example))
     if [item.shape for item in actual] != [item.shape for item in expected] or not all(bool(item.isfinite().all()) for item in actual):
         raise ValueError("the pruned model's outputs have another shape or are not finite")
-    return Shrunk(graph, graph_edit)
+    return Shrunk(graph, graph_edit), actual
 
 
 def fill(target: nn.Module, source: nn.Module, kept: Mapping[str, list[np.ndarray]]) -> None:

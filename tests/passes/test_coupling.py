@@ -272,3 +272,34 @@ def test_macs_are_those_that_the_smaller_model_has():
     assert macs == 2 * (64 * (3 * 9 * 5 + 5 * 9 * 12 + 12 * 5) + 5 * 5)
     assert len(example[0]) == 2
     assert net.a.out_channels == 8
+
+
+class Auxiliary(nn.Module):
+    """A head that only training uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.fc, self.aux = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.a(x)).mean((2, 3))
+        return self.fc(x) + self.aux(x) if self.training else self.fc(x)
+
+
+def test_a_module_whose_training_would_break_becomes_its_graph():
+    net, example = Auxiliary().eval(), (torch.randn(2, 3, 8, 8),)
+    coupling = Coupling(capture(net, example)[0])
+    classes = coupling.groups()[0].classes[:3]
+    assert shrink(net, coupling, example, classes).edit["kind"] == "resize"
+    small = shrink(net, coupling, example, classes, proven=True)
+    assert small.edit["kind"] == "graph"
+    small.model.train()(torch.randn(4, 3, 8, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["residual", "squeeze", "attention"])
+def test_a_proven_form_answers_as_the_other(name):
+    net, example, coupling = made(name)
+    classes = [label for group in coupling.groups() for label in group.classes[:1]]
+    free, proven = (shrink(net, coupling, example, classes, proven=proven) for proven in (False, True))
+    assert free.edit["kind"] == proven.edit["kind"]
+    torch.testing.assert_close(free.model(example[0]), proven.model(example[0]))

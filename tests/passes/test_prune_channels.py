@@ -270,24 +270,24 @@ def test_a_group_that_breaks_the_model_is_put_back_alone(monkeypatch):
 
     real = _shrink.shrink
 
-    def fragile(module, coupling, example, classes):
+    def fragile(module, coupling, example, classes, **options):
         broken = next(group for group in coupling.groups() if group.name == "a").classes
         if set(broken) & set(classes):
             raise RuntimeError("shapes do not match")
-        return real(module, coupling, example, classes)
+        return real(module, coupling, example, classes, **options)
 
     monkeypatch.setattr(_shrink, "shrink", fragile)
     after = PruneChannels(ratio=0.25)(artifact(), context())
     assert after.details["kept"] == {"stem": [12, 16], "a": [24, 24], "down": [24, 32]}
     assert any("put back: a" in note for note in after.notes)
-    monkeypatch.setattr(_shrink, "shrink", lambda *args: (_ for _ in ()).throw(RuntimeError("no")))
+    monkeypatch.setattr(_shrink, "shrink", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("no")))
     with pytest.raises(NothingToDo, match="removes nothing"):
         PruneChannels(ratio=0.25)(artifact(), context())
 
 
 def test_groups_that_cannot_be_put_together_are_an_error(monkeypatch):
     job = _prune_job.Job(PruneChannels(ratio=0.25), artifact(), context())
-    monkeypatch.setattr(job, "_try", lambda counts: None)
+    monkeypatch.setattr(job, "_try", lambda counts, **options: None)
     monkeypatch.setattr(job, "_bisected", lambda counts: counts)
     with pytest.raises(PassError, match="cannot put its groups together"):
         job._removed([4, 6, 8])
