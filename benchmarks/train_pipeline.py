@@ -92,7 +92,7 @@ def _compile_all(arguments: argparse.Namespace, work: Work, float_passes: str, t
         work.bundle(f"qat-{seed}", str(distilled), f"{QUANTIZE}, {_qat(arguments)}", seed)
     for kind, share in LATENCIES.items():
         rest = QUANTIZE if kind == "int8" else EXPORT
-        work.bundle(f"latency-{kind}", trained, f"prune-channels{{latency={share}}}, distill{{{TRAINING.format(epochs=1)}}}, {rest}")
+        work.bundle(f"latency-{kind}", trained, f"prune-channels{{latency={share}}}, {rest}")
 
 
 def _judge_all(arguments: argparse.Namespace, data: str, document: dict[str, Any]) -> None:
