@@ -101,7 +101,8 @@ def _judge_all(arguments: argparse.Namespace, data: str, document: dict[str, Any
     right = {name: _right(arguments.work / name, data) for name in names}
     bench = _bench(arguments.work, names)
     rows = [_row(name, right, bench, arguments.work) for name in names]
-    document |= {"rows": rows, "bars": bars(rows, arguments.seeds)}
+    asked = f"--seeds {arguments.seeds} --epochs {arguments.epochs} --qat-epochs {arguments.qat_epochs}"
+    document |= {"asked": asked, "rows": rows, "bars": bars(rows, arguments.seeds)}
     document["latency"] = {
         kind: _details(arguments.work / f"latency-{kind}", "prune-channels") for kind in LATENCIES if f"latency-{kind}" in names
     }
@@ -120,13 +121,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("build") / "train_pipeline", help="where bundles and finished passes are kept")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8, help="of distillation, and of fine-tuning beside it")
+    parser.add_argument("--qat-epochs", type=int, default=2, help="of quantization-aware training")
     parser.add_argument("--judge-only", action="store_true", help="judge and time the bundles that --work holds already")
     parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs; writes no result")
     return parser.parse_args()
 
 
 def _qat(arguments: argparse.Namespace) -> str:
-    epochs = 1 if arguments.quick else 2
+    epochs = 1 if arguments.quick else arguments.qat_epochs
     return f"quantize-qat{{epochs={epochs} batch=128 lr=0.002 augment=standard holdout=0.03}}"
 
 
@@ -265,7 +267,7 @@ def _page(document: Mapping[str, Any], bench: BenchResult) -> str:
     return "\n\n".join(
         [
             "# Prune, distill, quantize on Fashion-MNIST",
-            f"`python benchmarks/train_pipeline.py FOLDER`. {about(bench.environment)}",
+            f"`python benchmarks/train_pipeline.py FOLDER {document['asked']}`. {about(bench.environment)}",
             f"`{document['prune']}`, then `{document['training']}`; 10,000 test images, paired with the float model's answers.",
             table(header, lines),
             table(["bar", "measured", "asked", "met"], verdicts),

@@ -17,7 +17,8 @@ with the whole model. Channels then go in the order of
 
     importance / milliseconds saved · 1 / (share of the group that is left)
 
-and the candidate itself is measured and the budget moved until it is within 5 % of the goal. Channels are rounded to the target's
+and the candidate itself is measured and the budget moved, up to six times; the nearest is taken, its share told, and one that is more
+than 10 % above the goal refused. Channels are rounded to the target's
 `channel_multiple`. Importance and its sources: `_importance`. DepGraph (G. Fang et al., CVPR 2023) is where the coupling comes from.
 
 With steps over 1 the goal is reached in as many prunings, `recovery` epochs of distillation from the float reference after each but the
