@@ -9,6 +9,7 @@ compared by their mean squared error, relative to the teacher's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Context
 from deploycc.errors import DataNeeded, PreconditionError
 from deploycc.passes._feeder import Feeder, TrainBatch
+from deploycc.passes._layout import channels_last
 from deploycc.passes._losses import distillation, label_loss, regression
 from deploycc.passes._train import Fitted, fit, trainable
 
@@ -56,7 +58,8 @@ def distil(
         )
     alpha = mixture.alpha if mixture.alpha is not None else (LABEL_SHARE if feeder.labelled else 0.0)
     module = trainable(student)
-    guide = module_of(teacher).eval()
+    guide = copy.deepcopy(module_of(teacher)).eval()  # the reference itself keeps its order in memory
+    channels_last(guide, tuple(tensor[:2] for tensor in next(feeder.epoch(0)).teacher_inputs))
     inside = _Inside(module, guide, mixture, feeder) if mixture.features or mixture.attention else None
     trained: nn.Module = inside.joined if inside else module
     scores = len(student.signature.outputs[0].shape) == 2

@@ -22,6 +22,7 @@ from deploycc.core.artifact import Artifact
 from deploycc.core.contract import Context
 from deploycc.errors import MissingDependency, PreconditionError, TrainingError
 from deploycc.passes._feeder import Feeder, TrainBatch
+from deploycc.passes._layout import channels_last, ordered, usual_order
 from deploycc.passes._training_pass import TrainingOptions
 
 if TYPE_CHECKING:
@@ -93,10 +94,11 @@ def fit(
     import torch
 
     _use_cores()
+    last = channels_last(module, tuple(tensor[:2] for tensor in next(feeder.epoch(0)).inputs))
     accelerator = _accelerator(options)
     optimizer = _optimizer(module, options)
     wrapped, optimizer = accelerator.prepare(module, optimizer)
-    run = _Run(accelerator, module, optimizer, options, feeder.steps(accelerator.num_processes), _masks(module, feeder.artifact))
+    run = _Run(accelerator, module, optimizer, options, feeder.steps(accelerator.num_processes), _masks(module, feeder.artifact), last)
     start = run.restore(context.resume)
     with torch.random.fork_rng(devices=[]):
         for epoch in range(start, options.epochs):
@@ -122,6 +124,7 @@ def fit(
     module.load_state_dict(run.best)
     if score and run.best_epoch + 1 < len(run.curves):
         run.note(f"epoch {run.best_epoch + 1} is kept: {metric} {run.best_score:.4g} on {len(feeder.held)} held-out samples")
+    usual_order(module)
     return Fitted(module.cpu().eval(), tuple(run.curves), tuple(run.notes))
 
 
@@ -143,7 +146,7 @@ def _epoch(
         lr = run.set_lr(epoch * run.steps + step)
         try:
             with accelerator.autocast():
-                loss = objective(wrapped, _on(batch, accelerator.device))
+                loss = objective(wrapped, run.placed(batch))
             if loss.dim() != 0:
                 raise PreconditionError(f"the loss has the shape {list(loss.shape)}, not one number", fix="return its mean from the loss")
             value = float(accelerator.reduce(loss.detach().clone(), "mean"))
@@ -181,6 +184,7 @@ class _Run:
     options: TrainingOptions
     steps: int
     masks: Mapping[str, torch.Tensor]
+    channels_last: bool = False
     curves: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     notes: list[str] = field(default_factory=list[str])
     best: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -188,6 +192,14 @@ class _Run:
     best_score: float = -math.inf
     loss: float = math.nan
     lr: float = 0.0
+
+    def placed(self, batch: TrainBatch) -> TrainBatch:
+        """The batch on the device, in the module's own order."""
+        device, arranged = self.accelerator.device, ordered if self.channels_last else tuple
+        inputs = arranged([tensor.to(device) for tensor in batch.inputs])
+        same = batch.teacher_inputs is batch.inputs
+        other = inputs if same else arranged([tensor.to(device) for tensor in batch.teacher_inputs])
+        return TrainBatch(inputs, None if batch.labels is None else batch.labels.to(device), other)
 
     def set_lr(self, step: int) -> float:
         """Of this step; each group has its own factor."""
@@ -328,13 +340,6 @@ def _masks(module: nn.Module, artifact: Artifact) -> dict[str, torch.Tensor]:
     return {name: (module.get_parameter(name) != 0).to(module.get_parameter(name).dtype) for name in artifact.sparse}
 
 
-def _on(batch: TrainBatch, device: Any) -> TrainBatch:
-    same = batch.teacher_inputs is batch.inputs
-    inputs = tuple(tensor.to(device) for tensor in batch.inputs)
-    labels = None if batch.labels is None else batch.labels.to(device)
-    return TrainBatch(inputs, labels, inputs if same else tuple(tensor.to(device) for tensor in batch.teacher_inputs))
-
-
 def _is_memory(error: BaseException) -> bool:
     import torch
 
@@ -354,7 +359,7 @@ def _too_large(run: _Run, wrapped: nn.Module, objective: Objective, batch: Train
         )
         try:
             run.optimizer.zero_grad(set_to_none=True)
-            run.accelerator.backward(objective(wrapped, _on(part, run.accelerator.device)))
+            run.accelerator.backward(objective(wrapped, run.placed(part)))
         except (MemoryError, RuntimeError) as error:
             if not _is_memory(error):
                 raise
