@@ -2,7 +2,7 @@
 
 Every tensor of the graph carries *factors*: integer arrays with its number of axes, of size 1 along every axis they do not depend on.
 An element of the tensor is gone when any factor holds a removed label there. Parameters start with one fresh label for each position of
-each axis; the rules (`_coupling_rules`, `_coupling_moves`) carry labels through operators and unite those that must go together.
+each axis; the rules (`_coupling_rules`) carry labels through operators and unite those that must go together.
 
     0 is the label that is never removed. An axis of size > 1 without a factor is never shortened.
     rectangular: at the end every factor varies along one axis only, so that what is left of a tensor is a tensor. A factor that
@@ -19,37 +19,20 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploycc.passes import _coupling_moves, _coupling_rules
+from deploycc.passes._coupling_rules import RULES
+from deploycc.passes._coupling_values import Factor, Value, attribute, blank, collapse, is_node, operator, varied
+from deploycc.passes._coupling_values import arguments as arguments  # for who reads the same graph
 
 if TYPE_CHECKING:
-    import torch
     from torch import fx
 
 FROZEN = 0
 CONSTANTS = ("lifted_tensor_", "_tensor_constant")  # the exporter's: written in forward, so the module has none of that name
-Factor = np.ndarray
-
-
-@dataclass(slots=True)
-class Value:
-    """What is known of a tensor: its shape with the example input, and its factors."""
-
-    shape: tuple[int, ...]
-    factors: list[Factor] = field(default_factory=list[Factor])
-
-    def along(self, axis: int) -> list[Factor]:
-        """The factors that vary along `axis`."""
-        return [factor for factor in self.factors if factor.shape[axis] > 1]
-
-
-def varied(factor: Factor) -> tuple[int, ...]:
-    """The axes that a factor depends on."""
-    return tuple(axis for axis, size in enumerate(factor.shape) if size > 1)
 
 
 class Labels:
@@ -147,7 +130,7 @@ class Coupling:
 
     def value(self, item: Any) -> Value | None:
         """Of a node that is a tensor; None for numbers, None and symbols."""
-        found = self.values.get(item) if _is_node(item) else None
+        found = self.values.get(item) if is_node(item) else None
         return found if isinstance(found, Value) else None
 
     def known(self, item: Any) -> Value:
@@ -206,7 +189,7 @@ class Coupling:
         blank_result = blank(node)
         if blank_result is None:
             return None
-        rule: Callable[..., Any] | None = _coupling_rules.RULES.get(name) or _coupling_moves.RULES.get(name)
+        rule: Callable[..., Any] | None = RULES.get(name)
         if rule is None:
             self.unknown_operator(node)
             return blank_result
@@ -311,16 +294,6 @@ def _carries(group: Group, tensors: Mapping[str, Value]) -> bool:
     return any(len(tensors[place.tensor].shape) > 1 for place in group.places)
 
 
-def collapse(factor: Factor) -> Factor:
-    """The same factor with size 1 along every axis that it is constant along."""
-    for axis, size in enumerate(factor.shape):
-        if size > 1:
-            first = factor[(slice(None),) * axis + (slice(0, 1),)]
-            if (factor == first).all():
-                factor = first
-    return factor
-
-
 def _distinct(factors: list[Factor]) -> list[Factor]:
     """Without repeats, and without factors that vary nowhere or hold only the frozen label."""
     result: list[Factor] = []
@@ -332,63 +305,7 @@ def _distinct(factors: list[Factor]) -> list[Factor]:
     return result
 
 
-def operator(node: fx.Node) -> str:
-    """The ATen operator's plain name: conv2d of aten.conv2d.default, relu of aten.relu_.default; else the function's name."""
-    schema = getattr(node.target, "_schema", None)
-    name = schema.name.rpartition("::")[2] if schema else getattr(node.target, "__name__", str(node.target))
-    return name[:-1] if schema and name.endswith("_") and not name.endswith("__") else name
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments by name, defaults filled in."""
-    schema = node.target._schema  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
-    result: dict[str, Any] = {}
-    for index, item in enumerate(schema.arguments):
-        default = item.default_value if item.has_default_value() else None
-        result[item.name] = node.args[index] if index < len(node.args) else node.kwargs.get(item.name, default)
-    return result
-
-
-def blank(node: fx.Node) -> Any:
-    """A Value without factors for what the node makes (a list when it makes several); None when that is no tensor."""
-    return _blank(node.meta.get("val"))
-
-
-def _blank(example: Any) -> Any:
-    if isinstance(example, list | tuple):
-        return [_blank(item) for item in example]
-    if hasattr(example, "shape") and hasattr(example, "dtype"):
-        return Value(tuple(hint(size) for size in example.shape))
-    return None
-
-
-def hint(size: Any) -> int:
-    """A size as it is with the example input."""
-    return int(size.node.hint) if hasattr(size, "node") else int(size)
-
-
-def concrete(item: Any) -> Any:
-    """An argument with every symbolic size replaced by its value with the example input."""
-    if _is_node(item):
-        example = item.meta.get("val")
-        return hint(example) if not hasattr(example, "shape") else item
-    if isinstance(item, list | tuple):
-        return [concrete(part) for part in item]
-    return hint(item) if hasattr(item, "node") else item
-
-
-def attribute(root: Any, name: str) -> torch.Tensor:
-    """The tensor called `name` below a module."""
-    for part in name.split("."):
-        root = getattr(root, part)
-    return root
-
-
 def _flat(result: Any) -> list[Value]:
     if isinstance(result, list):
         return [value for item in result for value in _flat(item)]
     return [result] if isinstance(result, Value) else []
-
-
-def _is_node(item: Any) -> bool:
-    return hasattr(item, "all_input_nodes")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploycc.passes._coupling_rules import Rule, align
+from deploycc.passes._coupling_align import align
+from deploycc.passes._coupling_values import Value, arguments, blank, collapse, concrete
 
 if TYPE_CHECKING:
     from torch import fx
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 def moved(coupling: Coupling, node: fx.Node) -> Any:
     """Run the operator on every factor, expanded to the tensor's shape."""
     import torch
-
-    from deploycc.passes._coupling import blank, collapse, concrete
 
     value = coupling.value(node.args[0])
     made = blank(node)
@@ -43,8 +42,6 @@ def moved_as(coupling: Coupling, node: fx.Node) -> Any:
     """view_as and the like: moved to the other tensor's shape, and what goes there goes here."""
     import torch
 
-    from deploycc.passes._coupling import Value, blank, collapse
-
     value, other, made = coupling.known(node.args[0]), coupling.known(node.args[1]), blank(node)
     for factor in value.factors:
         full = torch.from_numpy(np.broadcast_to(factor, value.shape).copy())
@@ -56,8 +53,6 @@ def moved_as(coupling: Coupling, node: fx.Node) -> Any:
 
 def picked(coupling: Coupling, node: fx.Node) -> Any:
     """select, unbind: positions of the axis are told apart by their index, so none of them may go alone."""
-    from deploycc.passes._coupling import arguments
-
     value = coupling.value(node.args[0])
     if value is None:
         return None
@@ -67,8 +62,6 @@ def picked(coupling: Coupling, node: fx.Node) -> Any:
 
 def sliced(coupling: Coupling, node: fx.Node) -> Any:
     """slice: with a step, the positions of the axis stay."""
-    from deploycc.passes._coupling import arguments
-
     value, given = coupling.value(node.args[0]), arguments(node)
     if value is not None and given["step"] != 1:
         _stay(coupling, value, [given["dim"] % len(value.shape)])
@@ -77,8 +70,6 @@ def sliced(coupling: Coupling, node: fx.Node) -> Any:
 
 def made_here(coupling: Coupling, node: fx.Node) -> Any:
     """new_zeros and the like: only the type of the operand matters."""
-    from deploycc.passes._coupling import blank
-
     return blank(node)
 
 
@@ -94,8 +85,6 @@ def _stay(coupling: Coupling, value: Any, axes: list[int]) -> None:
 
 def indexed(coupling: Coupling, node: fx.Node) -> Any:
     """Index with tensors, index_select: the indexed axes stay as they are."""
-    from deploycc.passes._coupling import arguments, blank, collapse
-
     given = arguments(node)
     value = coupling.value(given["self"])
     indices = given.get("indices", given.get("index"))
@@ -122,8 +111,6 @@ def indexed(coupling: Coupling, node: fx.Node) -> Any:
 
 def joined(coupling: Coupling, node: fx.Node) -> Any:
     """cat: labels side by side along the axis, united along the others."""
-    from deploycc.passes._coupling import Value, arguments, blank
-
     given, made = arguments(node), blank(node)
     ndim = len(made.shape)
     axis = given["dim"] % ndim
@@ -145,8 +132,6 @@ def joined(coupling: Coupling, node: fx.Node) -> Any:
 
 def stacked(coupling: Coupling, node: fx.Node) -> Any:
     """stack: united across the operands; the new axis stays."""
-    from deploycc.passes._coupling import arguments, blank
-
     given, made = arguments(node), blank(node)
     values = [value for value in map(coupling.value, given["tensors"]) if value is not None]
     factors = align(coupling, values, len(made.shape) - 1)
@@ -156,8 +141,6 @@ def stacked(coupling: Coupling, node: fx.Node) -> Any:
 
 def padded(coupling: Coupling, node: fx.Node) -> Any:
     """pad: fresh labels for what is added along a labelled axis; a padded axis without labels stays."""
-    from deploycc.passes._coupling import arguments, blank, concrete
-
     value, made = coupling.value(node.args[0]), blank(node)
     amounts = concrete(arguments(node)["pad"])
     if value is None:
@@ -178,8 +161,6 @@ def padded(coupling: Coupling, node: fx.Node) -> Any:
 
 def windows(coupling: Coupling, node: fx.Node) -> Any:
     """im2col: [N, C, H, W] → [N, C·k·k, L]."""
-    from deploycc.passes._coupling import blank
-
     value, made = coupling.value(node.args[0]), blank(node)
     if value is None:
         return None
@@ -188,23 +169,3 @@ def windows(coupling: Coupling, node: fx.Node) -> Any:
         labels = coupling.labels.project(factor, [1]).ravel()
         made.factors.append(np.repeat(labels, made.shape[1] // labels.size).reshape(1, -1, 1))
     return made
-
-
-_MOVES = (
-    *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "permute", "transpose", "t", "chunk", "split", "split_with_sizes"),
-    *("narrow", "expand", "roll", "flip", "repeat", "unsqueeze", "squeeze", "pixel_shuffle", "pixel_unshuffle", "unfold"),
-    *("tensor_split", "movedim", "swapaxes", "channel_shuffle", "repeat_interleave", "tile", "moveaxis", "mT"),
-    *("numpy_T", "adjoint", "swapdims", "rot90"),
-)
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(_MOVES, moved),
-    **dict.fromkeys(("view_as", "reshape_as", "expand_as"), moved_as),
-    **dict.fromkeys(("select", "unbind"), picked),
-    **dict.fromkeys(("index", "index_select"), indexed),
-    **dict.fromkeys(("pad", "constant_pad_nd"), padded),
-    **dict.fromkeys(("cat", "concat"), joined),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "arange", "linspace"), made_here),
-    "slice": sliced,
-    "stack": stacked,
-    "im2col": windows,
-}

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploycc.passes._coupling import Coupling, Value, arguments, attribute, concrete, operator
+from deploycc.passes._coupling import Coupling
+from deploycc.passes._coupling_values import Value, arguments, attribute, concrete, operator
 
 if TYPE_CHECKING:
     import torch
