@@ -27,11 +27,11 @@ NAME = "prune_coverage"
 RATIO = 0.3
 ASKED = 1 - (1 - RATIO) ** 2  # of the MACs: inputs and outputs of a layer both go
 BAR = 0.9
-TIME_LIMIT_SECONDS = 100
+TIME_LIMIT_SECONDS = 240  # another load on the machine can make a model three times slower
 SMALL = 96  # pixels, where a model takes any size
 TORCHVISION = (
     *("resnet18", "mobilenet_v3_small", "googlenet", "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet1_0", "regnet_y_400mf"),
-    *("convnext_tiny", "vit_b_16@224", "swin_t@224", "mobilenet_v2", "efficientnet_b0", "densenet121", "resnext50_32x4d", "vgg11_bn@32"),
+    *("convnext_tiny", "swin_s@224", "swin_t@224", "mobilenet_v2", "efficientnet_b0", "densenet121", "resnext50_32x4d", "vgg11_bn@32"),
     *("inception_v3@299", "efficientnet_v2_s", "swin_v2_t@224", "maxvit_t@224", "resnet50", "resnet34", "mobilenet_v3_large"),
     *("regnet_x_400mf", "mnasnet0_5", "shufflenet_v2_x0_5", "squeezenet1_0", "alexnet@224", "efficientnet_b1"),
 )
