@@ -5,7 +5,8 @@
 
 `value` is JSON, or {"symbol": argument index, "times": n, "over": d} inside a shape for a size that grows with the batch. Exporting is
 deterministic, so that the names of nodes are the same each time. Layers of torch.nn that cover one operator stay modules under their
-own names: keys of the state dict stay, and batch normalization and dropout still have a train mode.
+own names: keys of the state dict stay, and batch normalization and dropout still have a train mode. Regions (a disabled autocast, no_grad),
+which the exporter keeps as graphs inside the graph, are put in line.
 Source: torch.export, non-strict, training IR (https://docs.pytorch.org/docs/stable/export.html).
 """
 
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import fx, nn
+
+REGIONS = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}  # where their body is among the arguments
 
 
 def capture(module: nn.Module, example: tuple[torch.Tensor, ...]) -> tuple[fx.GraphModule, bool]:
@@ -34,7 +37,47 @@ def capture(module: nn.Module, example: tuple[torch.Tensor, ...]) -> tuple[fx.Gr
             program = torch.export.export(module, example, strict=False)
             dynamic = False
     graph: Any = program.module(check_guards=False)
+    inline_regions(graph)
     return graph, dynamic
+
+
+def inline_regions(graph: fx.GraphModule) -> None:
+    """Put the body of every region in place of its call, in place; an enabled autocast, which changes types, stays one call."""
+    import torch
+
+    for node in list(graph.graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if node.op != "call_function" or name not in REGIONS or (name == "wrap_with_autocast" and node.args[2]):
+            continue
+        holder, inputs = node.args[REGIONS[name]], node.args[REGIONS[name] + 1 :]
+        body: Any = graph.get_submodule(holder.target)
+        inline_regions(body)
+        if any(inner.op == "get_attr" for inner in body.graph.nodes):
+            continue
+        inside: dict[Any, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        results: list[Any] = []
+        with graph.graph.inserting_before(node):
+            for inner in body.graph.nodes:
+                if inner.op == "output":
+                    results = [inside[item] for item in inner.args[0]]
+                elif inner.op != "placeholder":
+                    inside[inner] = graph.graph.node_copy(inner, inside.__getitem__)
+            if name == "wrap_with_set_grad_enabled" and not node.args[0]:
+                results = [_detached(graph, item, torch.ops.aten.detach.default) for item in results]
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.graph.erase_node(user)
+        graph.graph.erase_node(node)
+        if not holder.users:
+            graph.graph.erase_node(holder)
+    graph.recompile()
+
+
+def _detached(graph: fx.GraphModule, node: fx.Node, detach: Any) -> fx.Node:
+    """What no_grad makes carries no gradient."""
+    made = graph.graph.call_function(detach, (node,))
+    made.meta.update(node.meta)
+    return made
 
 
 def build(module: nn.Module, example: tuple[torch.Tensor, ...], edit: Mapping[str, Any]) -> fx.GraphModule:
@@ -52,11 +95,16 @@ def build(module: nn.Module, example: tuple[torch.Tensor, ...], edit: Mapping[st
     _layers(graph, root, module)
     graph.graph.eliminate_dead_code()
     built = fx.GraphModule(root, graph.graph, type(module).__name__)
-    for path, attributes in edit["layers"].items():
-        for name, value in attributes.items():
-            setattr(built.get_submodule(path), name, tuple(value) if isinstance(value, list) else value)
+    set_attributes(built, edit["layers"])
     resize(built, edit["tensors"])
     return built.eval()
+
+
+def set_attributes(module: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Tell layers their new sizes."""
+    for path, attributes in layers.items():
+        for name, value in attributes.items():
+            setattr(module.get_submodule(path), name, tuple(value) if isinstance(value, list) else value)
 
 
 def apply(module: nn.Module, edit: Mapping[str, Any]) -> nn.Module:
@@ -124,6 +172,9 @@ def _root(module: nn.Module, graph: fx.GraphModule) -> nn.Module:
         path, _, leaf = str(node.target).rpartition(".")
         value: Any = graph.get_submodule(path)
         value = getattr(value, leaf)
+        if isinstance(value, torch.nn.Module):  # a region's body
+            root.add_module(leaf, copy.deepcopy(value))
+            continue
         owner = root
         for part in path.split(".") if path else ():
             if not hasattr(owner, part):

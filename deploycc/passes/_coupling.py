@@ -149,7 +149,9 @@ class Coupling:
             self.labels.freeze(*value.factors)
 
     def _visit(self, node: fx.Node) -> None:
-        if node.op == "get_attr":
+        if node.op == "get_attr" and not hasattr(attribute(self.graph, str(node.target)), "shape"):
+            self.values[node] = None  # the body of a region that stays one call
+        elif node.op == "get_attr":
             self.values[node] = self._parameter(str(node.target))
             if node.users:
                 self.used.add(self.names[id(attribute(self.graph, str(node.target)))])

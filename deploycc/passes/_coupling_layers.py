@@ -3,6 +3,7 @@
 linear, conv  inputs with the weight's input axis; outputs are the weight's output axis. Grouped: whole groups when there are at
 least as many groups as inputs in each, else the same positions in every group
 matmul        contracted axes with each other. A factor over heads and their dims is united along the dims: heads go as a whole
+einsum        every letter is an axis: the operands are multiplied element by element, then summed over the letters that end
 """
 
 from __future__ import annotations
@@ -153,6 +154,55 @@ def added_product(coupling: Coupling, node: fx.Node) -> Any:
     inner = Value(made.shape, contracted(coupling, x, y, len(made.shape)))
     made.factors = align(coupling, [inner, bias], len(made.shape))
     return made
+
+
+def einsum(coupling: Coupling, node: fx.Node) -> Any:
+    """Any number of operands; a letter twice in one operand is not understood."""
+    given = arguments(node)
+    values = [coupling.value(item) for item in given["tensors"]]
+    spelled = _letters(given["equation"], [len(value.shape) if value else 0 for value in values])
+    if spelled is None:
+        return None
+    operands, kept = spelled
+    letters = [*kept, *dict.fromkeys(letter for operand in operands for letter in operand if letter not in kept)]
+    spread = [_placed(value, operand, letters) for value, operand in zip(values, operands, strict=True) if value]
+    made = result(node)
+    for factor in align(coupling, spread, len(letters)):
+        rest = [axis for axis in axes_of(factor) if axis < len(kept)]
+        if rest:
+            made.factors.append(coupling.labels.project(factor, rest).reshape(factor.shape[: len(kept)]))
+    return made
+
+
+def _letters(equation: str, sizes: list[int]) -> tuple[list[list[str]], list[str]] | None:
+    """The letters of the operands, which have so many axes, and of the result; the axes of an ellipsis are counted from its end."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    parts = inputs.split(",")
+    covered = [size - len(part.replace("...", "")) if "..." in part else 0 for part, size in zip(parts, sizes, strict=True)]
+
+    def spelled(part: str, count: int) -> list[str]:
+        before, dots, after = part.partition("...")
+        return [*before, *(f"...{index}" for index in range(count if dots else 0, 0, -1)), *after]
+
+    operands = list(map(spelled, parts, covered))
+    if not arrow:
+        output = "".join(["..." if "..." in inputs else "", *sorted(item for item in set(inputs) - {",", "."} if inputs.count(item) == 1)])
+    apart = all(len(set(operand)) == len(operand) for operand in operands)
+    return (operands, spelled(output, max(covered))) if apart else None
+
+
+def _placed(value: Value, operand: list[str], letters: list[str]) -> Value:
+    """The value with an axis for every letter."""
+    order = [operand.index(letter) for letter in letters if letter in operand]
+    places = [index for index, letter in enumerate(letters) if letter in operand]
+
+    def shaped(sizes: tuple[int, ...]) -> list[int]:
+        found = [1] * len(letters)
+        for place, axis in zip(places, order, strict=True):
+            found[place] = sizes[axis]
+        return found
+
+    return Value(tuple(shaped(value.shape)), [factor.transpose(order).reshape(shaped(factor.shape)) for factor in value.factors])
 
 
 def attention(coupling: Coupling, node: fx.Node) -> Any:

@@ -32,18 +32,18 @@ def pooling(coupling: Coupling, node: fx.Node) -> Any:
 
 
 def channel_norm(coupling: Coupling, node: fx.Node) -> Any:
-    """Batch and instance norm: parameters and statistics go with their channels."""
+    """Batch and instance norm: parameters and statistics go with their channels. Labels of other axes pass (standardized weights)."""
     value = coupling.value(node.args[0])
     if value is None:
         return None
-    kept = only(coupling, value, 1)
+    kept = [coupling.labels.project(factor, [1]) for factor in value.along(1)]
     vectors = [coupling.value(item) for item in node.args[1:5]]
     for vector in vectors:
         if vector is not None and not kept:
             coupling.labels.freeze(*vector.factors)
         for factor in kept:
             unite_vector(coupling, vector, factor)
-    return spread(node, kept)
+    return spread(node, [*kept, *(factor for factor in value.factors if factor.shape[1] == 1)])
 
 
 def layer_norm(coupling: Coupling, node: fx.Node) -> Any:

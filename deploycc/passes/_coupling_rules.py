@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from deploycc.passes._coupling_align import elementwise, first_only
-from deploycc.passes._coupling_layers import added_product, attention, convolution, embedding, linear, product
+from deploycc.passes._coupling_layers import added_product, attention, convolution, einsum, embedding, linear, product
 from deploycc.passes._coupling_moves import indexed, joined, made_here, moved, moved_as, padded, picked, sliced, stacked, windows
 from deploycc.passes._coupling_norms import along_axis, channel_norm, group_norm, layer_norm, pooling, prelu, reduction
 
@@ -20,7 +20,23 @@ _UNARY = (
     *("relu", "relu6", "gelu", "silu", "sigmoid", "tanh", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "selu", "celu"),
     *("mish", "softplus", "clamp", "clamp_min", "clamp_max", "exp", "log", "sqrt", "rsqrt", "neg", "abs", "pow", "square", "reciprocal"),
     *("dropout", "feature_dropout", "alpha_dropout", "native_dropout", "dropout2d", "clone", "contiguous", "to", "type_as", "detach"),
-    *("alias", "erf", "sin", "cos", "log1p", "float", "logit", "log2", "detach_copy", "sign", "lift_fresh_copy", "bernoulli", "threshold"),
+    *(
+        "alias",
+        "erf",
+        "sin",
+        "cos",
+        "log1p",
+        "float",
+        "logit",
+        "log2",
+        "detach_copy",
+        "zero",
+        "fill",
+        "sign",
+        "lift_fresh_copy",
+        "bernoulli",
+        "threshold",
+    ),
     *("zeros_like", "ones_like", "_to_copy", "log_sigmoid", "softsign", "floor", "round", "ceil", "logical_not", "expm1", "rrelu"),
 )
 _NARY = (
@@ -52,6 +68,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "logsumexp", "var_mean", "std_mean"), reduction),
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "linalg_vector_norm", "glu"), along_axis),
     "linear": linear,
+    "einsum": einsum,
     "scaled_dot_product_attention": attention,
     "group_norm": group_norm,
     "embedding": embedding,

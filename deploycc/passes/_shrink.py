@@ -95,11 +95,11 @@ def _as_graph(
     """The graph form and its outputs. Raises what a graph that does not run raises."""
     import torch
 
-    from deploycc.forms._edit_graph import build
+    from deploycc.forms._edit_graph import build, set_attributes
 
     graph = build(module, example, graph_edit)
     graph_edit["layers"] = {path: values for path, values in layers.items() if _has(graph, path)}
-    graph = build(module, example, graph_edit)
+    set_attributes(graph, graph_edit["layers"])
     fill(graph, module, kept)
     with torch.no_grad():
         actual = _outputs(graph(*example))

@@ -141,10 +141,58 @@ class Alike(nn.Module):
         return self.fc((x + y + x.mean((1, 2), keepdim=True).expand_as(x)).mean((1, 2)))
 
 
+class Einsum(nn.Module):
+    """Two heads of four by einsum: named batch axes, an ellipsis, and a sum over positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(3, 8)
+        self.mix, self.fc = nn.Parameter(torch.randn(8, 12)), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        q, k, v = (layer(x).view(-1, 64, 2, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = torch.einsum("B H I J, B H J D -> B H I D", torch.softmax(torch.einsum("bhid,bhjd->bhij", q, k), -1), v)
+        y = torch.einsum("...i,io->...o", y.transpose(1, 2).reshape(-1, 64, 8), self.mix)
+        return self.fc(torch.einsum("bto->bo", F.relu(y)))
+
+
+class Regions(nn.Module):
+    """A disabled autocast and no_grad, graphs inside the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.fc = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            x = F.relu(self.b(x.float()))
+            scale = x.mean((2, 3), keepdim=True)
+        with torch.no_grad():
+            scale = scale.sigmoid()
+        return self.fc((self.c(x) * scale).mean((2, 3)))
+
+
+class Cleared(nn.Module):
+    """One joint bias of q, k and v whose middle third is set to zero in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(24, 3) * 0.3), nn.Parameter(torch.randn(24))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        bias = self.bias.clone()
+        bias[8:16].zero_()
+        q, k, v = F.linear(x.mean((2, 3)), self.weight, bias).chunk(3, -1)
+        return self.fc(torch.sigmoid(q * k) * v)
+
+
 NETS = {
     "residual": Residual, "dense": Dense, "shuffle": Shuffle, "grouped-8": lambda: Grouped(8), "grouped-2": lambda: Grouped(2),
     "squeeze": Squeeze, "attention": Attention, "fused attention": lambda: Attention(whole=True), "tied": Tied, "windows": Windows,
-    "alike": Alike,
+    "alike": Alike, "einsum": Einsum, "regions": Regions, "cleared": Cleared,
 }  # fmt: skip
 
 
@@ -211,6 +259,10 @@ def test_the_edit_rebuilds_it_and_it_trains(name):
         ("attention", "qkv", 4),
         ("attention", "up", 40),
         ("squeeze", "both", 10),
+        ("einsum", "q", 2),
+        ("einsum", "mix", 12),
+        ("regions", "a", 8),
+        ("cleared", "weight", 8),
     ],
 )
 def test_groups_are_the_coupled_layers(name, group, count):
@@ -303,3 +355,78 @@ def test_a_proven_form_answers_as_the_other(name):
     free, proven = (shrink(net, coupling, example, classes, proven=proven) for proven in (False, True))
     assert free.edit["kind"] == proven.edit["kind"]
     torch.testing.assert_close(free.model(example[0]), proven.model(example[0]))
+
+
+class Standardized(nn.Module):
+    """Convolutions whose weights are standardized in forward."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, width, 3), nn.Conv2d(width, 6, 3), nn.Linear(6, 5)
+
+    def forward(self, x):
+        for layer in (self.a, self.b):
+            rows = layer.weight.reshape(1, layer.weight.shape[0], -1)
+            weight = F.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(layer.weight)
+            x = F.relu(F.conv2d(x, weight, layer.bias))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_standardized_weights_shrink_on_both_sides():
+    torch.manual_seed(0)
+    net, x = Standardized().eval(), torch.randn(2, 3, 8, 8)
+    coupling = Coupling(capture(net, (x,))[0])
+    group = next(group for group in coupling.groups() if group.name == "a")
+    assert len(group.classes) == 8
+    small = shrink(net, coupling, (x,), group.classes[5:], proven=True)
+    narrow = Standardized(5).eval()  # statistics are of what is left, so zeros would not be the same
+    with torch.no_grad():
+        for name, own in narrow.named_parameters():
+            whole = net.get_parameter(name)
+            own.copy_(whole[tuple(slice(size) for size in own.shape)])
+    torch.testing.assert_close(small.model(x), narrow(x))
+
+
+def test_a_letter_twice_in_one_operand_stays_whole():
+    class Diagonal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Linear(6, 9), nn.Linear(3, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.fc(F.relu(self.b(torch.einsum("nii->ni", self.a(x).view(-1, 3, 3)))))
+
+    coupling = Coupling(capture(Diagonal().eval(), (torch.randn(2, 6),))[0])
+    assert [group.name for group in coupling.groups()] == ["b"]
+    assert coupling.unknown == {"einsum": 1}
+
+
+def test_an_enabled_autocast_stays_one_call_and_whole():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Linear(6, 9), nn.Linear(9, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            with torch.autocast(device_type="cpu", dtype=torch.bfloat16):
+                x = x.sigmoid() * 2
+            return self.fc(F.relu(self.b(x)))
+
+    net, x = Half().eval(), torch.randn(2, 6)
+    coupling = Coupling(capture(net, (x,))[0])
+    assert [group.name for group in coupling.groups()] == ["b"]
+    assert "wrap_with_autocast" in coupling.unknown
+    small = shrink(net, coupling, (x,), coupling.groups()[0].classes[:3], proven=True)
+    torch.testing.assert_close(small.model(x), masked(net, coupling, coupling.mask(coupling.groups()[0].classes[:3]))(x))
+
+
+def test_regions_put_in_line_keep_their_gradients():
+    net, x = NETS["regions"]().eval(), torch.randn(2, 3, 8, 8)
+    graph, _ = capture(net, (x,))
+    assert not any("wrap" in str(node.target) for node in graph.graph.nodes)
+    found = []
+    for module in (net, graph):
+        loss = module(x).square().mean()
+        found.append(torch.autograd.grad(loss, [net.get_parameter(name) for name, _ in net.named_parameters()]))
+    torch.testing.assert_close(found[0], found[1])
