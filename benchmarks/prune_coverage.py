@@ -31,9 +31,9 @@ TIME_LIMIT_SECONDS = 240  # another load on the machine can make a model three t
 SMALL = 96  # pixels, where a model takes any size
 TORCHVISION = (
     *("resnet18", "mobilenet_v3_small", "googlenet", "squeezenet1_1", "shufflenet_v2_x1_0", "mnasnet1_0", "regnet_y_400mf"),
-    *("convnext_tiny", "swin_s@224", "swin_t@224", "mobilenet_v2", "efficientnet_b0", "densenet121", "resnext50_32x4d", "vgg11_bn@32"),
+    *("convnext_tiny", "swin_s@224", "swin_t@224", "mobilenet_v2", "efficientnet_b0", "densenet121", "resnext50_32x4d", "convnext_small"),
     *("inception_v3@299", "efficientnet_v2_s", "swin_v2_t@224", "maxvit_t@224", "resnet50", "resnet34", "mobilenet_v3_large"),
-    *("regnet_x_400mf", "mnasnet0_5", "shufflenet_v2_x0_5", "squeezenet1_0", "alexnet@224", "efficientnet_b1"),
+    *("regnet_x_400mf", "mnasnet0_5", "shufflenet_v2_x0_5", "squeezenet1_0", "efficientnet_b2", "efficientnet_b1"),
 )
 TIMM = (
     *("resnet10t", "convnext_atto", "mobilenetv4_conv_small", "vit_tiny_patch16_224@224", "levit_128s@224", "ghostnet_100", "resnest14d"),
