@@ -1,6 +1,6 @@
 """How many architectures `prune-channels` prunes, of torchvision's and timm's families, with random weights and no data.
 
-    python benchmarks/prune_coverage.py [--again NAME …] [--seconds N]
+    python benchmarks/prune_coverage.py [--only NAME …] [--again NAME …] [--seconds N]
 
 Each model in a process of its own: 30 % of every group's channels go, then the result is run, trained for one step, exported to ONNX and
 rebuilt from its JSON edits. A row is written when it is there; the next run goes on behind it. Needs timm.
@@ -201,6 +201,7 @@ any size were run at {SMALL} pixels. Written by `python benchmarks/{NAME}.py`.
 def main() -> int:
     """Run what has no row yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=list(MODELS), help="run no others")
     parser.add_argument("--again", nargs="+", metavar="NAME", default=[], help="run these even though they have a row")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no model after this time")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -213,7 +214,7 @@ def main() -> int:
     earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     rows = {row["name"]: Row(**{**row, "done": tuple(row["done"])}) for row in earlier}
     for text in MODELS:
-        if text in rows and text not in options.again:
+        if text not in options.only or (text in rows and text not in options.again):
             continue
         if time.monotonic() - start > options.seconds:
             break
