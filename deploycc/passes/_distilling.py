@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from deploycc.core.artifact import Artifact, Form
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from deploycc.passes._train import Objective
     from deploycc.passes._training_pass import TrainingOptions
 
 LABEL_SHARE = 0.3
@@ -62,20 +63,7 @@ def distil(
     channels_last(guide, tuple(tensor[:2] for tensor in next(feeder.epoch(0)).teacher_inputs))
     inside = _Inside(module, guide, mixture, feeder) if mixture.features or mixture.attention else None
     trained: nn.Module = inside.joined if inside else module
-    scores = len(student.signature.outputs[0].shape) == 2
-
-    def objective(net: nn.Module, batch: TrainBatch) -> torch.Tensor:
-        import torch
-
-        with inside.taps() if inside else nullcontext():
-            with torch.no_grad():
-                wanted = first_output(guide(*batch.teacher_inputs))
-            got = first_output(net(*batch.inputs))
-            kept = distillation(got, wanted, mixture.temperature) if scores else regression(got, wanted)
-            loss = (1 - alpha) * kept
-            if alpha and batch.labels is not None:
-                loss = loss + alpha * label_loss(mixture.loss, batch.labels, smoothing=mixture.smoothing)(got, batch.labels)
-            return loss + inside.loss() if inside else loss
+    objective = lesson(student, guide, replace(mixture, alpha=alpha), inside)
 
     score, metric = scorer(feeder, guide)
     fitted = fit(
@@ -83,6 +71,30 @@ def distil(
         score=(lambda net: score(module)) if score else None, metric=metric,
     )  # fmt: skip
     return Fitted(module.eval(), fitted.curves, fitted.notes) if inside else fitted
+
+
+def lesson(student: Artifact, guide: nn.Module | None, mixture: Mixture, inside: _Inside | None = None) -> Objective:
+    """The loss above, of a batch; `mixture.alpha` None is 0.3, or 1 without a guide. Without labels, what they weigh is left out."""
+    import torch
+
+    scores = len(student.signature.outputs[0].shape) == 2
+    alpha = mixture.alpha if mixture.alpha is not None else (1.0 if guide is None else LABEL_SHARE)
+
+    def objective(net: nn.Module, batch: TrainBatch) -> torch.Tensor:
+        with inside.taps() if inside else nullcontext():
+            wanted = None
+            if guide is not None and (alpha < 1 or inside):
+                with torch.no_grad():
+                    wanted = first_output(guide.to(batch.inputs[0].device)(*batch.teacher_inputs))
+            got = first_output(net(*batch.inputs))
+            loss = torch.zeros((), device=got.device)
+            if wanted is not None and alpha < 1:
+                loss = (1 - alpha) * (distillation(got, wanted, mixture.temperature) if scores else regression(got, wanted))
+            if alpha and batch.labels is not None:
+                loss = loss + alpha * label_loss(mixture.loss, batch.labels, smoothing=mixture.smoothing)(got, batch.labels)
+            return loss + inside.loss() if inside else loss
+
+    return objective
 
 
 def check_teacher(student: Artifact, teacher: Artifact) -> None:

@@ -1,18 +1,27 @@
 """Fake quantization with straight-through gradients, put into a Q/DQ graph and read out of it again.
 
-    v = clip(x / s, n, p),  n = q_min − z,  p = q_max − z
-    y = s·round(v),         ∂y/∂x = 1 where n ≤ x/s ≤ p, else 0        (Y. Bengio et al., 2013; B. Jacob et al., CVPR 2018)
+    v = x / s,  q = clip(round(v), n, p),  y = s·q,  n = q_min − z,  p = q_max − z
 
-Activation scales stay as calibrated. Weight scales only grow, to max |w| / m when a weight leaves the range. Biases are rounded too, in
-steps of s_x·s_w: with one scale for weights of very different channels such a step is no small one.
+    ∂y/∂x = 1 where n ≤ round(v) ≤ p, else 0                       (Y. Bengio et al., 2013; B. Jacob et al., CVPR 2018)
+    ∂y/∂s = q − v where n ≤ round(v) ≤ p, else q, times g          (learned step size: S. Esser et al., ICLR 2020)
+    g     = 1/√(N·p), N the values of one sample, or the weights of one scale
 
-The rounding is the shipped graph's own: half to even, after the same division by the same float32 scale.
+Three ways to choose the step s of an activation and of a weight:
+
+    calibrated   an activation's stays as calibrated; a weight's only grows, to max |w| / m when a weight leaves the range
+    observed     an activation's follows a moving average of what it takes to hold the batch's extremes, until `observing` is turned off
+    learned      both are parameters
+
+Zero points stay. Biases are rounded too, in steps of s_x·s_w: with one scale for weights of very different channels such a step is no
+small one. The rounding is the shipped graph's own: half to even, after the same division by the same float32 scale.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -22,37 +31,98 @@ from torch import nn
 from deploycc.passes._onnx_torch import as_tensor
 from deploycc.passes._qdq import BIAS_LIMIT
 
+Steps = Literal["calibrated", "observed", "learned"]
 WEIGHTED = ("Conv", "Gemm", "MatMul")
+SMALLEST = 1e-3  # of its first value: a learned step goes no lower
+AVERAGING = 0.01  # share of the newest batch in an observed step
 
 
-def fake_quantize(x: torch.Tensor, scale: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """`x` on the grid of `scale`, between `low` and `high` steps; gradients as above."""
-    steps = torch.clamp(x / scale, low, high)
-    return (steps + (torch.round(steps) - steps).detach()) * scale
+class _Rounded(torch.autograd.Function):
+    """The formulas above; `scale` broadcasts against `x`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, scale: torch.Tensor, low: float, high: float, factor: float) -> torch.Tensor:  # type: ignore[override]
+        return (x / scale).round_().clamp_(low, high).mul_(scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # type: ignore[override]
+        x, scale, ctx.low, ctx.high, ctx.factor = inputs
+        ctx.save_for_backward(x, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, scale = ctx.saved_tensors
+        v = x / scale
+        rounded = v.round()
+        inside = (rounded >= ctx.low) & (rounded <= ctx.high)
+        for_scale = None
+        if ctx.needs_input_grad[1]:
+            slope = torch.where(inside, rounded - v, rounded.clamp(ctx.low, ctx.high))
+            for_scale = (gradient * slope).sum_to_size(scale.shape) * ctx.factor
+        return gradient * inside, for_scale, None, None, None
 
 
-class Activation(nn.Module):
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, low: float, high: float, factor: float = 1.0) -> torch.Tensor:
+    """`x` on the grid of `scale`, between `low` and `high` steps; gradients as above, that of the scale times `factor`."""
+    return _Rounded.apply(x, scale, low, high, factor)  # pyright: ignore[reportReturnType]
+
+
+class _Stepped(nn.Module):
+    """Has a step: a buffer, or a parameter when it is learned."""
+
+    scale: torch.Tensor
+
+    def __init__(self, scale: torch.Tensor, *, learned: bool) -> None:
+        super().__init__()
+        self.floor = SMALLEST * float(scale.min())
+        self.learned = learned
+        if learned:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+
+    def step(self) -> torch.Tensor:
+        """The scale in use."""
+        return self.scale.clamp_min(self.floor) if self.learned else self.scale
+
+
+class Activation(_Stepped):
     """In place of QuantizeLinear: takes its inputs, gives the dequantized value.
 
     Args:
         scale: the scale, a scalar.
         zero: the zero point.
         limits: smallest and largest code.
+        steps: how the scale is chosen.
+
+    Attributes:
+        observing: an observed scale follows the batches, in train mode.
     """
 
-    scale: torch.Tensor
-
-    def __init__(self, scale: np.ndarray, zero: int, limits: tuple[int, int]) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float32))
+    def __init__(self, scale: np.ndarray, zero: int, limits: tuple[int, int], steps: Steps = "calibrated") -> None:
+        super().__init__(torch.tensor(float(scale), dtype=torch.float32), learned=steps == "learned")
         self.low, self.high = limits[0] - zero, limits[1] - zero
+        self.observing = steps == "observed"
 
     def forward(self, x: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
         """Fake-quantize."""
-        return fake_quantize(x, self.scale, self.low, self.high)
+        if self.observing and self.training:
+            self._observe(x.detach())
+        values = x.numel() / max(1, x.shape[0]) if x.dim() > 1 else x.numel()
+        return fake_quantize(x, self.step(), self.low, self.high, 1 / math.sqrt(max(1.0, values * self.high)))
+
+    def _observe(self, x: torch.Tensor) -> None:
+        """Move the scale towards the one that just holds `x`."""
+        needed = torch.zeros_like(self.scale)
+        for extreme, limit in ((x.max(), self.high), (x.min(), self.low)):
+            if limit:
+                needed = torch.maximum(needed, extreme / limit)
+        self.scale.lerp_(needed, AVERAGING).clamp_(min=self.floor)
 
 
-class Weights(nn.Module):
+class Weights(_Stepped):
     """In place of a weight's DequantizeLinear: the float weight on its grid.
 
     Args:
@@ -60,27 +130,28 @@ class Weights(nn.Module):
         scale: one, or one per index of `axis`.
         axis: the output channels.
         most: largest |code|.
+        steps: how the scale is chosen.
     """
 
-    scale: torch.Tensor
-
-    def __init__(self, weight: torch.Tensor, scale: np.ndarray, axis: int, most: int) -> None:
-        super().__init__()
+    def __init__(self, weight: torch.Tensor, scale: np.ndarray, axis: int, most: int, steps: Steps = "calibrated") -> None:
+        super().__init__(as_tensor(np.asarray(scale, np.float32)).reshape(-1), learned=steps == "learned")
         self.weight = nn.Parameter(weight)
-        self.register_buffer("scale", as_tensor(np.asarray(scale, np.float32)).reshape(-1))
-        self.axis, self.most = axis, most
+        self.most = most
         self.shape = [-1 if index == axis and len(self.scale) > 1 else 1 for index in range(weight.dim())]
         self.others = [index for index in range(weight.dim()) if index != axis]
 
     def step(self) -> torch.Tensor:
-        """The scales, raised to hold the largest weight."""
+        """The scales: as learned, or raised to hold the largest weight."""
+        if self.learned:
+            return super().step()
         peak = self.weight.detach().abs()
         peak = peak.amax(self.others) if len(self.scale) > 1 else peak.amax().reshape(1)
         return torch.maximum(self.scale, peak / self.most)
 
     def forward(self, *_: torch.Tensor | None) -> torch.Tensor:
         """The weight that the shipped graph will compute with."""
-        return fake_quantize(self.weight, self.step().reshape(self.shape), -self.most, self.most)
+        factor = 1 / math.sqrt(self.weight.numel() / len(self.scale) * self.most)
+        return fake_quantize(self.weight, self.step().reshape(self.shape), -self.most, self.most, factor)
 
     @torch.no_grad()
     def codes(self) -> np.ndarray:
@@ -105,7 +176,7 @@ class Bias(nn.Module):
     def step(self) -> torch.Tensor:
         """s_x·s_w."""
         activation, weights = self.factors
-        return activation.scale * weights.step()
+        return (activation.step() * weights.step()).detach()
 
     def forward(self, *_: torch.Tensor | None) -> torch.Tensor:
         """The bias that the shipped graph will add."""
@@ -131,19 +202,21 @@ class Sites:
 
     Attributes:
         modules: by the name of the node that they stand for.
+        activations: by the name of their scale, which several nodes may share.
         weights: by the name of their DequantizeLinear.
         biases: likewise.
     """
 
     modules: Mapping[str, nn.Module]
+    activations: Mapping[str, Activation]
     weights: Mapping[str, Weights]
     biases: Mapping[str, Bias]
 
 
-def sites(graph: ir.Graph, *, reduce_range: bool) -> Sites:
+def sites(graph: ir.Graph, *, reduce_range: bool, steps: Steps = "calibrated") -> Sites:
     """Find what quantization put into `graph`, and make modules to train in its place. Constants of Add, Mul and Concat stay."""
     modules: dict[str, nn.Module] = {}
-    activations: dict[str, Activation] = {}  # by the name of their scale, which several nodes may share
+    activations: dict[str, Activation] = {}
     weights: dict[str, Weights] = {}
     biases: dict[str, Bias] = {}
     for node in graph:
@@ -151,25 +224,25 @@ def sites(graph: ir.Graph, *, reduce_range: bool) -> Sites:
             scale, zero = _name(node.inputs[1]), array(node.inputs[2])
             limits = np.iinfo(zero.dtype)
             if scale not in activations:
-                activations[scale] = Activation(array(node.inputs[1]), int(zero), (int(limits.min), int(limits.max)))
+                activations[scale] = Activation(array(node.inputs[1]), int(zero), (int(limits.min), int(limits.max)), steps)
             modules[node.name or ""] = activations[scale]
         elif node.op_type == "DequantizeLinear" and _maker(node.inputs[0], "QuantizeLinear"):
             modules[node.name or ""] = Through()
         elif _reader(node, 1) is not None:
-            weights[node.name or ""] = _weights(node, 63 if reduce_range else 127)
+            weights[node.name or ""] = _weights(node, 63 if reduce_range else 127, steps)
     for node in graph:
         reader = _reader(node, 2)
         source, weight = (_maker(value, "DequantizeLinear") for value in reader.inputs[:2]) if reader is not None else (None, None)
         scale = activations.get(_name(source.inputs[1])) if source is not None else None
         if weight is not None and weight.name in weights and scale is not None:
             biases[node.name or ""] = Bias(torch.from_numpy(dequantized(node).copy()), scale, weights[weight.name])
-    return Sites({**modules, **weights, **biases}, weights, biases)
+    return Sites({**modules, **weights, **biases}, activations, weights, biases)
 
 
-def _weights(node: ir.Node, most: int) -> Weights:
+def _weights(node: ir.Node, most: int, steps: Steps) -> Weights:
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
     values = dequantized(node)
-    return Weights(torch.from_numpy(values.copy()), array(node.inputs[1]), axis % values.ndim, most)
+    return Weights(torch.from_numpy(values.copy()), array(node.inputs[1]), axis % values.ndim, most, steps)
 
 
 def _reader(node: ir.Node, place: int) -> ir.Node | None:
@@ -211,6 +284,9 @@ def dequantized(node: ir.Node) -> np.ndarray:
 def write_back(graph: ir.Graph, found: Sites) -> None:
     """Put what was trained into the same graph, in place (give it a clone): codes and scales; no node changes."""
     for node in graph:
+        activation = found.activations.get(_name(node.inputs[1])) if node.op_type == "QuantizeLinear" else None
+        if activation is not None:  # its DequantizeLinear reads the same initializer
+            _set(node.inputs[1], activation.step().detach().cpu().numpy())
         made = found.weights.get(node.name or "") or found.biases.get(node.name or "")
         if made is not None:
             _set(node.inputs[0], made.codes())
