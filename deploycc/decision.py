@@ -1,12 +1,14 @@
 """What ships: a float artifact and the attempts to do better, judged and timed, and the rule that chooses between them.
 
 int8 is a hypothesis. The compiled artifact ships if the accuracy gate let it through and either the interval of its speed-up over the
-float artifact lies above 1, or it meets a limit that the float artifact does not. On a machine that is not the target's nothing can
+float artifact lies above 1, or it meets a limit that the float artifact does not, or a pass that was asked for to buy accuracy (an
+ensemble) did so: its metric is above the float reference's, and it breaks no limit that the float artifact keeps. On a machine that is not the target's nothing can
 be timed, and what passed the gate ships, saying so.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,6 +81,13 @@ def _score(accuracy: Accuracy | None) -> float:
     return -accuracy.candidate if accuracy.metric == "mse" else accuracy.candidate
 
 
+def _reference_score(accuracy: Accuracy | None) -> float:
+    """The float reference's, larger is better; nothing is above it where it has none."""
+    if accuracy is None or accuracy.reference is None:
+        return math.inf
+    return -accuracy.reference if accuracy.metric == "mse" else accuracy.reference
+
+
 def decide(planned: Plan, parent: Attempt, attempts: Sequence[Attempt], bench: BenchResult | None, *, interrupted: bool) -> Outcome:
     """Apply the rule above."""
     passed = [attempt for attempt in attempts if attempt.passed]
@@ -105,6 +114,10 @@ def decide(planned: Plan, parent: Attempt, attempts: Sequence[Attempt], bench: B
     if set(kept) < set(over):
         met = ", ".join(sorted(set(over) - set(kept)))
         return outcome(COMPILED, f"it passed the accuracy gate and meets {met}, which the float artifact does not", str(ratio))
+    buyers = [step.body.name for step in passed[-1].pipeline.steps if step.body.buys_accuracy]
+    if buyers and set(kept) <= set(over) and _score(passed[-1].accuracy) > _reference_score(passed[-1].accuracy):
+        reason = f"it passed the accuracy gate and is more accurate than the float model, which {', '.join(buyers)} was asked for"
+        return outcome(COMPILED, reason, str(ratio))
     return outcome(FLOAT, f"the compiled artifact passed the accuracy gate, but is not faster than float ({ratio.verdict})", str(ratio))
 
 

@@ -18,7 +18,7 @@ from deploycc.runtime.signature import Signature
 SIGNATURE = Signature((), ())
 
 
-def attempt(*, passed=True, value=0.9, sqnr=20.0, size=1_000_000):
+def attempt(*, passed=True, value=0.9, sqnr=20.0, size=1_000_000, passes=None):
     accuracy = Accuracy(
         metric="top1", reference=0.9, candidate=value, agreement=value, right_to_wrong=0, wrong_to_right=0,
         sqnr_db=sqnr, max_abs=0.1, samples=100, labelled=100,
@@ -26,7 +26,7 @@ def attempt(*, passed=True, value=0.9, sqnr=20.0, size=1_000_000):
     artifact = Artifact(Form.ONNX, None, SIGNATURE, "toy")
     built = Built(Path(), ("model.onnx",), {}, SIGNATURE, Coverage(1.0, 1, ()))
     verdict = Verdict(passed=passed, rule="top1 may drop", reason="top1 fell" if not passed else "within")
-    return Attempt(plan("x.onnx", Options(target="arm64-onnxruntime")).pipeline, artifact, built, size, accuracy, verdict)
+    return Attempt(plan("x.onnx", Options(target="arm64-onnxruntime", passes=passes)).pipeline, artifact, built, size, accuracy, verdict)
 
 
 def bench(float_ms, compiled_ms):
@@ -68,6 +68,22 @@ def test_not_faster_ships_if_only_it_meets_a_limit():
     found = decide(planned, attempt(size=4_000_000), [attempt(size=1_000_000)], bench(10, 10), interrupted=False)
     assert found.decision.shipped == COMPILED
     assert "meets model_mb" in found.decision.reason
+
+
+@pytest.mark.parametrize(
+    ("passes", "value", "size_mb", "shipped"),
+    [
+        ("ensemble{members=other.onnx}", 0.92, 10.0, COMPILED),
+        ("ensemble{members=other.onnx}", 0.9, 10.0, FLOAT),
+        ("ensemble{members=other.onnx}", 0.92, 1.5, FLOAT),
+        ("quantize-static", 0.92, 10.0, FLOAT),
+    ],
+)
+def test_slower_but_more_accurate_ships_only_where_accuracy_was_asked_for(passes, value, size_mb, shipped):
+    planned = plan("x.onnx", Options(target="onnxruntime-portable", max_size_mb=size_mb))
+    found = decide(planned, attempt(), [attempt(value=value, size=2_000_000, passes=passes)], bench(10, 15), interrupted=False)
+    assert found.decision.shipped == shipped
+    assert ("more accurate than the float model" in found.decision.reason) == (shipped == COMPILED)
 
 
 def test_refused_attempts_ship_float_and_name_the_best(planned):
