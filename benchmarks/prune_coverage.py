@@ -114,7 +114,7 @@ def one(text: str) -> Row:
         after = PruneChannels(ratio=RATIO, multiple=1)(made, context)
         macs = (after.details or {})["macs"]
         unknown = "; ".join(note for note in after.notes if "understood" in note or "put back" in note)
-        row = replace(row, share=1 - macs[0] / macs[1], form=str(after.edits[-1]["kind"]), unknown=unknown[:300])
+        row = replace(row, share=1 - macs[0] / macs[1], form=str((after.edits or ({},))[-1].get("kind")), unknown=unknown[:300])
         x = torch.randn(1, 3, pixels, pixels)
         small: Any = after.model
         step = "forward"

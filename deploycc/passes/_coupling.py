@@ -195,7 +195,10 @@ class Coupling:
         if rule is None:
             self.unknown_operator(node)
             return blank_result
-        result = rule(self, node)
+        try:
+            result = rule(self, node)
+        except (ValueError, TypeError, LookupError, RuntimeError):  # a use that the rule was not written for
+            result = None
         if result is None:
             self.unknown_operator(node)
             return blank_result

@@ -430,3 +430,16 @@ def test_regions_put_in_line_keep_their_gradients():
         loss = module(x).square().mean()
         found.append(torch.autograd.grad(loss, [net.get_parameter(name) for name, _ in net.named_parameters()]))
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_rule_that_does_not_fit_leaves_its_channels_whole(monkeypatch):
+    from deploycc.passes import _coupling_rules
+
+    def wrong(coupling, node):
+        raise IndexError("an axis that is not there")
+
+    net = nn.Sequential(nn.Linear(6, 9), nn.Sigmoid(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 5)).eval()
+    monkeypatch.setitem(_coupling_rules.RULES, "sigmoid", wrong)
+    coupling = Coupling(capture(net, (torch.randn(2, 6),))[0])
+    assert [group.name for group in coupling.groups()] == ["2"]
+    assert coupling.unknown == {"sigmoid": 1}
