@@ -1,9 +1,13 @@
 """What ships: a float artifact and the attempts to do better, judged and timed, and the rule that chooses between them.
 
-int8 is a hypothesis. The compiled artifact ships if the accuracy gate let it through and either the interval of its speed-up over the
-float artifact lies above 1, or it meets a limit that the float artifact does not, or a pass that was asked for to buy accuracy (an
-ensemble) did so: its metric is above the float reference's, and it breaks no limit that the float artifact keeps. On a machine that is not the target's nothing can
-be timed, and what passed the gate ships, saying so.
+int8 is a hypothesis. The compiled artifact ships if the accuracy gate let it through and
+
+    - the interval of its speed-up over the float artifact lies above 1, or
+    - it meets a limit that the float artifact does not, or
+    - a pass that was asked for to buy accuracy (an ensemble) did so: its metric is above the float reference's, and it breaks no limit
+      that the float artifact keeps.
+
+On a machine that is not the target's nothing can be timed, and what passed the gate ships, saying so.
 """
 
 from __future__ import annotations

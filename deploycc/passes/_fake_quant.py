@@ -44,7 +44,7 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, scale: torch.Tensor, low: float, high: float, factor: float) -> torch.Tensor:  # type: ignore[override]
-        return (x / scale).round_().clamp_(low, high).mul_(scale)
+        return (x / scale).round_().clamp(low, high).mul_(scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # type: ignore[override]
@@ -119,7 +119,7 @@ class Activation(_Stepped):
         for extreme, limit in ((x.max(), self.high), (x.min(), self.low)):
             if limit:
                 needed = torch.maximum(needed, extreme / limit)
-        self.scale.lerp_(needed, AVERAGING).clamp_(min=self.floor)
+        self.scale = self.scale.lerp(needed, AVERAGING).clamp(min=self.floor)  # not in place: a backward still needs the old one
 
 
 class Weights(_Stepped):

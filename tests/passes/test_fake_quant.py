@@ -22,6 +22,53 @@ def test_gradients_go_straight_through_inside_the_range_only():
     assert x.grad.tolist() == [0, 2, 3, 4, 0]
 
 
+def test_gradients_of_a_learned_step_are_those_of_lsq():
+    x = torch.tensor([[-9.0, -1.1, 0.3, 1.2, 9.0]])
+    weights = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    made = Activation(np.float32(0.5), 4, (0, 8), "learned")  # n = -4, p = 4
+    made(x).mul(weights).sum().backward()
+    v = x / 0.5
+    slope = torch.where(x.abs() <= 2, v.round() - v, torch.sign(x) * 4)
+    assert made.scale.grad is not None
+    assert made.scale.grad.item() == pytest.approx((weights * slope).sum().item() / np.sqrt(5 * 4), rel=1e-6)
+
+
+def test_learned_steps_of_weights_are_one_for_each_channel_and_never_negative():
+    made = Weights(torch.tensor([[0.5, -1.0], [0.2, 0.1]]), np.array([0.01, 0.02], np.float32), 0, 127, "learned")
+    made().sum().backward()
+    assert made.scale.grad is not None
+    assert made.scale.grad.shape == (2,)
+    with torch.no_grad():
+        made.scale[0] = -1.0
+    assert made.step().tolist() == pytest.approx([1e-5, 0.02])
+    assert set(dict(made.named_parameters())) == {"weight", "scale"}
+
+
+def test_an_observed_step_moves_to_hold_the_batch_until_it_is_frozen():
+    made = Activation(np.float32(0.5), 4, (0, 8), "observed").train()
+    x = torch.tensor([-1.0, 6.0])  # 6 / 4 = 1.5 would hold it
+    made(x)
+    assert made.scale.item() == pytest.approx(0.5 + 0.01 * (1.5 - 0.5))
+    made.observing = False
+    made(x)
+    made.eval().observing = True
+    made(x)
+    assert made.scale.item() == pytest.approx(0.51)
+    for _ in range(2000):
+        made.train()(x)
+    assert made.scale.item() == pytest.approx(1.5, rel=1e-3)
+
+
+def test_rows_under_vmap_are_rounded_and_differentiated_alike():
+    made = Activation(np.float32(0.25), 4, (0, 31))
+    x = torch.linspace(-3, 9, 40).reshape(5, 8).requires_grad_()
+    whole = made(x)
+    mapped = torch.func.vmap(made)(x)
+    assert torch.equal(whole, mapped)
+    (gradient,) = torch.autograd.grad(mapped.sum(), x)
+    assert torch.equal(gradient, torch.autograd.grad(whole.sum(), x)[0])
+
+
 def test_weight_scales_grow_with_the_largest_weight_and_hold_it():
     made = Weights(torch.tensor([[0.5, -1.0], [0.2, 0.1]]), np.array([1 / 63, 1.0], np.float32), 0, 63)
     with torch.no_grad():

@@ -112,6 +112,11 @@ def run(options, quantized, where):
     return Pipeline.parse(f"quantize-qat{{{options}}}").run(quantized, where)
 
 
+def told(made):
+    """The receipt's details."""
+    return made.history[-1].details
+
+
 def right(made, tmp_path):
     rows = Digits(slice(TRAINED, None))
     session = ort.InferenceSession(str(write(made.model, tmp_path)), providers=["CPUExecutionProvider"])
@@ -148,7 +153,7 @@ def test_the_graph_keeps_its_nodes_types_and_shapes_and_the_numbers_are_those_of
 
 
 def test_the_shipped_graph_is_the_trained_one(after):
-    details = after.history[-1].details if hasattr(after.history[-1], "details") else after.details
+    details = told(after)
     assert details["as_written"]["sqnr_db"] > 60
     assert details["as_written"]["agreement"] == 1
     assert details["fused"]["agreement"] >= 0.95
@@ -159,6 +164,62 @@ def test_the_shipped_graph_is_the_trained_one(after):
 def test_unlabelled_data_and_the_teacher_are_enough(trained, quantized, tmp_path):
     made = run("epochs=2 lr=0.002", quantized, context(trained, labelled=False))
     assert right(made, tmp_path) > right(quantized, tmp_path)
+
+
+@pytest.mark.parametrize("steps", ["learned", "observed"])
+def test_steps_are_trained_or_observed_and_shipped(trained, quantized, steps, tmp_path):
+    made = run(f"epochs=3 lr=0.002 step-sizes={steps}", quantized, context(trained))
+    before, now = (sites(item.model.graph, reduce_range=True) for item in (quantized, made))
+    moved = [float(now.activations[name].scale / before.activations[name].scale) for name in before.activations]
+    assert max(abs(factor - 1) for factor in moved) > 1e-3
+    assert told(made)["as_written"]["sqnr_db"] > 60
+    assert right(made, tmp_path) > right(quantized, tmp_path) + 0.05
+
+
+def test_another_model_may_teach(trained, quantized):
+    asked = []
+
+    def capture(text):
+        asked.append(text)
+        return trained
+
+    where = replace(context(artifact(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))), capture=capture)
+    made = run("epochs=1 teacher=other.py:net", quantized, where)
+    assert told(made)["teacher"] == "digits"
+    assert set(asked) == {"other.py:net"}
+    assert QuantizeQat(teacher="other.py:net").depends_on(where) == trained.digest()
+
+
+class Attends(nn.Module):
+    """A transformer block of one head over the rows of a picture: matrix products, softmax, layer norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv, self.out = nn.Linear(8, 24), nn.Linear(24, 72), nn.Linear(24, 24)
+        self.norm, self.mlp = nn.LayerNorm(24), nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+        self.head = nn.Linear(24 * 8, 10)
+
+    def forward(self, x):
+        x = self.embed(x.flatten(1, 2))
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + self.out((q @ k.transpose(1, 2) / 24**0.5).softmax(-1) @ v)
+        return self.head((x + self.mlp(self.norm(x))).flatten(1))
+
+
+def test_the_matrix_products_of_a_transformer_are_trained(tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = artifact(Attends())
+    where = context(net)
+    made = Pipeline.parse("finetune{epochs=15 batch=32 optimizer=adamw lr=0.003}, export-onnx, fold-constants, quantize-static").run(
+        net, where
+    )
+    after = run("epochs=2 batch=32 optimizer=adamw lr=0.0005 alpha=1 teacher=none step-sizes=learned", made, where)
+    found = sites(made.model.graph, reduce_range=True)
+    assert len(found.weights) >= 6
+    assert told(after)["as_written"]["sqnr_db"] > 40
+    assert right(after, tmp_path) >= right(made, tmp_path) - 0.01
+    assert right(after, tmp_path) > 0.85
 
 
 def test_a_training_that_was_cut_short_ends_with_the_same_numbers(trained, quantized, tmp_path):
@@ -178,9 +239,11 @@ def test_a_training_that_was_cut_short_ends_with_the_same_numbers(trained, quant
 # --- refusals
 
 
-@pytest.mark.parametrize("given", [{"alpha": 2.0}, {"teacher": "none", "alpha": 0.5}, {"temperature": 0.0}, {"loss": "huh"}])
+@pytest.mark.parametrize(
+    "given", [{"alpha": 2.0}, {"teacher": "none", "alpha": 0.5}, {"temperature": 0.0}, {"loss": "huh"}, {"observer_epochs": 0}]
+)
 def test_options_out_of_range_are_refused(given):
-    with pytest.raises(ValueError, match=next(reversed(given))):
+    with pytest.raises(ValueError, match=next(reversed(given)).replace("_", "-")):
         QuantizeQat(**given)
 
 
