@@ -18,56 +18,23 @@ The teacher is the float model that the compile began with, or any other; withou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Context
 from deploycc.errors import DataNeeded, PreconditionError
+from deploycc.passes._qat import QatOptions
 from deploycc.passes._training_pass import TrainingPass
 
 
 @dataclass(frozen=True)
-class QuantizeQat(TrainingPass):
-    """Train a graph that quantize-static quantized, rounding as it will round.
-
-    Attributes:
-        teacher: reference (the float model), none, or a model as compile takes it.
-        alpha: share of the labels' loss; none = 0.3 with labels, 0 without, 1 without a teacher.
-        temperature: T above.
-        loss: of the labels: auto, cross-entropy, mse or bce.
-        step_sizes: calibrated, observed or learned.
-        observer_epochs: epochs during which observed steps follow the activations.
-    """
+class QuantizeQat(QatOptions, TrainingPass):
+    """Train a graph that quantize-static quantized, rounding as it will round."""
 
     name: ClassVar[str] = "quantize-qat"
     consumes: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
     decided_by: ClassVar[frozenset[str]] = frozenset({"quant"})
     reads: ClassVar[frozenset[str]] = frozenset({"training", "calibration"})
-
-    epochs: int = 2
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    teacher: str = "reference"
-    alpha: float | None = None
-    temperature: float = 4.0
-    loss: str = "auto"
-    step_sizes: Literal["calibrated", "observed", "learned"] = "calibrated"
-    observer_epochs: int = 1
-
-    def __post_init__(self) -> None:
-        from deploycc.passes._losses import LOSSES
-
-        super().__post_init__()
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha}: it is a share, 0 to 1")
-        if self.teacher == "none" and self.alpha not in (None, 1.0):
-            raise ValueError(f"alpha is {self.alpha}, but without a teacher the labels are all there is: leave alpha out")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}: it must be over 0")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss is '{self.loss}': use one of {', '.join(LOSSES)}")
-        if self.observer_epochs < 1:
-            raise ValueError(f"observer-epochs is {self.observer_epochs}: it must be at least 1")
 
     def requires(self, artifact: Artifact, context: Context) -> None:
         """Integer weights and activations from quantize-static, a target that asks for them, training data, labels or a teacher."""
