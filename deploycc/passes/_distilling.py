@@ -22,13 +22,13 @@ from deploycc.passes._feeder import Feeder, TrainBatch
 from deploycc.passes._layout import channels_last
 from deploycc.passes._losses import distillation, label_loss, regression
 from deploycc.passes._train import Fitted, fit, trainable
+from deploycc.passes._training_pass import TrainingOptions
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from deploycc.passes._train import Objective
-    from deploycc.passes._training_pass import TrainingOptions
 
 LABEL_SHARE = 0.3
 
@@ -71,6 +71,14 @@ def distil(
         score=(lambda net: score(module)) if score else None, metric=metric,
     )  # fmt: skip
     return Fitted(module.eval(), fitted.curves, fitted.notes) if inside else fitted
+
+
+def recover(artifact: Artifact, context: Context, *, step: int, epochs: int, lr: float = 0.01) -> Artifact:
+    """A short distillation from the float reference after pruning step `step`, each resumed from a state of its own."""
+    options = TrainingOptions(epochs=epochs, lr=lr, holdout=0.0)
+    own = None if context.resume is None else context.resume / f"step-{step}"
+    fitted = distil(artifact, context.reference, options, replace(context, resume=own), what=f"recovery after step {step}")
+    return artifact.evolve(fitted.module, edits=artifact.edits, details={"curves": list(fitted.curves)}, notes=fitted.notes)
 
 
 def lesson(student: Artifact, guide: nn.Module | None, mixture: Mixture, inside: _Inside | None = None) -> Objective:

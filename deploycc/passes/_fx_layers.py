@@ -68,7 +68,7 @@ def require_folded(graph: fx.GraphModule) -> None:
         if source.op == "call_module" and isinstance(graph.get_submodule(str(source.target)), nn.modules.conv._ConvNd | nn.Linear):
             raise PreconditionError(
                 f"batch normalization '{node.target}' after '{source.target}' is not folded into its weights",
-                fix="put 'fold-batchnorm' before quantize-torch",
+                fix="put 'fold-batchnorm' before the pass that quantizes",
             )
 
 

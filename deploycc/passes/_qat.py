@@ -126,12 +126,13 @@ def calls(artifact: Artifact, context: Context) -> list[dict[str, np.ndarray]]:
 def run_trained(net: Callable[..., Any], artifact: Artifact, feeds: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
     """What the trained net, in eval mode, gives for `feeds`, by the names of the artifact's outputs."""
     import torch
-    from torch.utils import _pytree as pytree
+
+    from deploycc.forms.module import named_outputs
 
     names = [spec.name for spec in artifact.signature.inputs]
     with torch.no_grad():
-        found = [pytree.tree_leaves(net(*(torch.from_numpy(item[name]) for name in names))) for item in feeds]
-    return [{spec.name: value.numpy() for spec, value in zip(artifact.signature.outputs, row, strict=True)} for row in found]
+        found = [named_outputs(net(*(torch.from_numpy(item[name]) for name in names))) for item in feeds]
+    return [{spec.name: value.numpy() for spec, (_, value) in zip(artifact.signature.outputs, row, strict=True)} for row in found]
 
 
 def facts(wanted: list[dict[str, np.ndarray]], got: list[dict[str, np.ndarray]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from torch.ao.quantization import (
+    FixedQParamsObserver,
     ObserverBase,
     PerChannelMinMaxObserver,
     PlaceholderObserver,
@@ -70,6 +71,10 @@ class ActivationObserver(ObserverBase):
 
     With a `ceiling` c it passes min(x, c) on: ReLU and this clip are the ReLU6 (c = 6) of the float model, and a quantizer whose
     range ends at c saturates there by itself.
+
+    Attributes:
+        trained: the scale that training chose; None: that of the calibration.
+        derived: the operator computes the scale itself.
     """
 
     def __init__(self, calibration: Calibration, ceiling: float | None = None) -> None:
@@ -78,6 +83,8 @@ class ActivationObserver(ObserverBase):
         self.calibration = calibration
         self.ceiling = ceiling
         self.tensor = ""  # what it observes, for messages
+        self.trained: float | None = None
+        self.derived = False
         self.histogram = Histogram(keep_counts=calibration.method not in ("minmax", "moving-average"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -101,7 +108,7 @@ class ActivationObserver(ObserverBase):
         else:
             scale = (high - low) / (LEVELS - 1)
             zero = round(-low / scale) if scale else 0
-        return torch.tensor([scale or 1.0], dtype=torch.float32), torch.tensor([zero])
+        return torch.tensor([self.trained or scale or 1.0], dtype=torch.float32), torch.tensor([zero])
 
 
 class FixedScales(ObserverBase):
@@ -174,7 +181,8 @@ def _part_scalar_operators(prepared: fx.GraphModule) -> None:
         if node.target not in SCALAR_OPERATORS or len(tensors) != 1 or tensors[0].op != "call_module":
             continue
         shared = prepared.get_submodule(str(tensors[0].target))
-        own = copy.deepcopy(shared)
+        own: Any = copy.deepcopy(shared)
+        own.derived = True
         waiting = [node]
         while waiting:  # pooling and reshaping share it on
             for user in waiting.pop().users:
@@ -193,6 +201,55 @@ def _fixed(scales: np.ndarray) -> _PartialWrapper:
     return FixedScales.with_args(scales=tuple(float(scale) for scale in scales))
 
 
+@dataclass(frozen=True, slots=True)
+class Site:
+    """An activation that conversion quantizes.
+
+    Attributes:
+        observer: which one stands there; the same for places that share a scale.
+        scale: of its calibration.
+        zero: its zero point.
+        ceiling: what it is clipped to before.
+        fixed: the operator wants this very scale.
+    """
+
+    observer: int
+    scale: float
+    zero: int
+    ceiling: float | None
+    fixed: bool
+
+
+def activations(prepared: fx.GraphModule) -> dict[str, Site | None]:
+    """Where the observers of a calibrated graph stand, by submodule name. None: nothing is rounded there anew."""
+    found: dict[str, Site | None] = {}
+    for node in prepared.graph.nodes:
+        observer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(observer, ActivationObserver) and observer.derived:
+            found[str(node.target)] = None
+        elif isinstance(observer, ActivationObserver | FixedQParamsObserver):
+            scale, zero = observer.calculate_qparams()
+            fixed = isinstance(observer, FixedQParamsObserver)
+            found[str(node.target)] = Site(id(observer), float(scale), int(zero), None if fixed else observer.ceiling, fixed)
+    return found
+
+
+def set_activation(prepared: fx.GraphModule, name: str, scale: float) -> None:
+    """Give an observer the scale that training chose."""
+    observer = prepared.get_submodule(name)
+    if isinstance(observer, ActivationObserver):
+        observer.trained = scale
+
+
+def set_weight(prepared: fx.GraphModule, name: str, weight: torch.Tensor, bias: torch.Tensor | None, scales: np.ndarray) -> None:
+    """Give the layer called `name` what training chose; `weight` holds whole multiples of `scales`."""
+    layer: Any = weighted(prepared, name)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    whole: Any = prepared.get_submodule(name)
+    whole.qconfig = QConfig(activation=whole.qconfig.activation, weight=_fixed(scales))
+
+
 def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     """Replace observed operators by integer ones (`prepared` is used up); packs weights for the current engine."""
     with quiet():
@@ -203,7 +260,11 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     return model
 
 
+def place(prepared: fx.GraphModule, name: str) -> str:
+    """Where the layer called `name` is now: in the module it was fused into."""
+    return f"{name}.0" if isinstance(prepared.get_submodule(name), nn.Sequential) else name
+
+
 def weighted(prepared: fx.GraphModule, name: str) -> nn.Module:
-    """The layer called `name`, out of the module it was fused into."""
-    module = prepared.get_submodule(name)
-    return module[0] if isinstance(module, nn.Sequential) else module
+    """The layer called `name`."""
+    return prepared.get_submodule(place(prepared, name))

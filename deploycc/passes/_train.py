@@ -372,14 +372,3 @@ def _too_large(run: _Run, wrapped: nn.Module, objective: Objective, batch: Train
 def trainable(artifact: Artifact) -> nn.Module:
     """A copy of an artifact's module that may be trained."""
     return copy.deepcopy(artifact.model)
-
-
-def recover(artifact: Artifact, context: Context, *, epochs: int = 1, lr: float = 0.01) -> Artifact:
-    """A short distillation from the float reference, for between the steps of iterative pruning. The context's resume is not used."""
-    from dataclasses import replace
-
-    from deploycc.passes._distilling import distil
-
-    options = TrainingOptions(epochs=epochs, lr=lr, holdout=0.0)
-    fitted = distil(artifact, context.reference, options, replace(context, resume=None), what="recovery")
-    return artifact.evolve(fitted.module, edits=artifact.edits, details={"curves": list(fitted.curves)}, notes=fitted.notes)

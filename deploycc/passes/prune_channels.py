@@ -116,11 +116,12 @@ class PruneChannels(Pass):
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Prune, in steps."""
+        from deploycc.passes._distilling import recover
         from deploycc.passes._prune_job import Job
-        from deploycc.passes._train import recover
 
         notes: list[str] = []
         details: dict[str, Any] = {}
+        curves: list[dict[str, Any]] = []
         current = artifact
         whole = None
         for step in range(1, self.steps + 1):
@@ -131,5 +132,6 @@ class PruneChannels(Pass):
             notes = [*job.notes]
             current = pruned
             if self.recovery and step < self.steps:
-                current = recover(current, context, epochs=self.recovery)
-        return replace(current, notes=tuple(notes), details=details)
+                current = recover(current, context, step=step, epochs=self.recovery)
+                curves.append({"step": step, "curves": current.details["curves"]})
+        return replace(current, notes=tuple(notes), details={**details, "recovery": curves})

@@ -103,7 +103,8 @@ class PruneWeights(Pass):
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Prune a copy, step by step. Raises NothingToDo, and PreconditionError for a layer that would be all zeros."""
-        from deploycc.passes._train import recover, trainable
+        from deploycc.passes._distilling import recover
+        from deploycc.passes._train import trainable
 
         masks, left = self.masks(artifact.model, 1.0)
         if not masks or not any(_new_zeros(artifact.model, name, mask) for name, mask in masks.items()):
@@ -117,7 +118,7 @@ class PruneWeights(Pass):
             now = now.evolve(module, edits=artifact.edits)
             context.progress("prune-weights", step, self.steps, f"{_share(module, masks):.1%} zeros")
             if self.recovery:
-                now = recover(now, context, epochs=self.recovery)
+                now = recover(now, context, step=step, epochs=self.recovery)
                 curves.append({"step": step, "zeros": _share(module, masks), "curves": now.details["curves"]})
         before, after = compressed_bytes(artifact.model), compressed_bytes(now.model)
         facts = {

@@ -4,6 +4,11 @@
 
 For ONNX targets it comes after quantize-static and begins with its ranges, scales and integers: the Q/DQ graph that ships is itself
 trained, and written back with the same nodes, so the same kernels run at the same speed, without a second calibration (`_qat_onnx`).
+
+For PyTorch's engines it comes in place of quantize-torch, takes a float module, and begins with that pass's places, ranges and scales:
+the calibrated graph is trained, and converted with the trained weights and scales (`_qat_torch`). Pair sums of FBGEMM's depthwise
+kernels stay within int16 in every step of the training. A layer that makes an output is trained with rounded weights and float input.
+
 Gradients go straight through the rounding (`_fake_quant`). Batch normalization is folded before, so it is frozen from the first step.
 
 The step of every activation and weight is, by step-sizes,
@@ -29,16 +34,16 @@ from deploycc.passes._training_pass import TrainingPass
 
 @dataclass(frozen=True)
 class QuantizeQat(QatOptions, TrainingPass):
-    """Train a graph that quantize-static quantized, rounding as it will round."""
+    """Train a graph that quantize-static quantized, or a module for PyTorch's engines, rounding as it will round."""
 
     name: ClassVar[str] = "quantize-qat"
-    consumes: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
-    decided_by: ClassVar[frozenset[str]] = frozenset({"quant"})
+    consumes: ClassVar[frozenset[Form]] = frozenset({Form.ONNX, Form.MODULE})
+    decided_by: ClassVar[frozenset[str]] = frozenset({"backend", "quant"})
     reads: ClassVar[frozenset[str]] = frozenset({"training", "calibration"})
 
     def requires(self, artifact: Artifact, context: Context) -> None:
-        """Integer weights and activations from quantize-static, a target that asks for them, training data, labels or a teacher."""
-        from deploycc.passes import _qat_onnx
+        """A Q/DQ graph, or a float module for one of PyTorch's engines; integer activations, training data, labels or a teacher."""
+        from deploycc.passes import _qat_onnx, _qat_torch
         from deploycc.passes._train import require_accelerate
 
         require_accelerate(self.name)
@@ -47,7 +52,10 @@ class QuantizeQat(QatOptions, TrainingPass):
                 f"target '{context.target.name}' keeps activations in float (quant.activations = none): there is no rounding to train for",
                 fix="use finetune or distill, or a target with integer activations",
             )
-        _qat_onnx.require(artifact)
+        if artifact.form is Form.ONNX:
+            _qat_onnx.require(artifact)
+        else:
+            _qat_torch.require(artifact, context)
         part = context.data.part("training")  # raises DataNeeded before anything slow
         teacher = self._teacher(context)
         if teacher is not None:
@@ -68,16 +76,17 @@ class QuantizeQat(QatOptions, TrainingPass):
         return "" if self.teacher in ("reference", "none") else context.model(self.teacher).digest()
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
-        """Train, write back, compare."""
-        from deploycc.passes import _qat_onnx
+        """Train, write back or convert, compare."""
+        from deploycc.passes import _qat_onnx, _qat_torch
 
-        return _qat_onnx.train(self, artifact, context, self._teacher(context))
+        train = _qat_onnx.train if artifact.form is Form.ONNX else _qat_torch.train
+        return train(self, artifact, context, self._teacher(context))
 
     def ensures(self, before: Artifact, after: Artifact, context: Context) -> None:
         """The same operators, and numbers that are those of the training."""
-        from deploycc.passes import _qat_onnx
+        from deploycc.passes import _qat_onnx, _qat_torch
 
-        _qat_onnx.check(before, after)
+        (_qat_onnx if before.form is Form.ONNX else _qat_torch).check(before, after)
 
     def _teacher(self, context: Context) -> Artifact | None:
         if self.teacher == "none":

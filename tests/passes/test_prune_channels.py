@@ -164,6 +164,27 @@ def test_steps_with_recovery_reach_the_goal_and_train_between():
     assert ModuleForm().storable(after)
 
 
+def test_a_recovery_that_is_killed_goes_on_from_its_own_epoch(tmp_path):
+    made = artifact()
+    ready = context(made, Rows())
+    options = PruneChannels(macs=0.4, steps=3, recovery=2)
+    whole = options(made, ready)
+    trained = []
+
+    def killed(what, done, total, note):
+        trained.append((what, done))
+        if what == "recovery after step 2" and done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        options(made, replace(ready, resume=tmp_path, progress=killed))
+    trained.clear()
+    again = options(made, replace(ready, resume=tmp_path, progress=lambda *told: trained.append(told[:2])))
+    assert ModuleForm().digest(again.model) == ModuleForm().digest(whole.model)
+    assert not [what for what, _ in trained if what == "recovery after step 1"]
+    assert [row["step"] for row in again.details["recovery"]] == [1, 2]
+
+
 def test_a_pruned_model_is_rebuilt_from_its_plan(tmp_path):
     made = artifact()
     after = PruneChannels(macs=0.5)(made, context())
