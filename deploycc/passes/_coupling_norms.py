@@ -1,6 +1,7 @@
 """Norms, reductions and pooling: labels pass along the channels, and end or freeze along what is mixed.
 
-norms         with scale and shift; group norm: the same positions in every group
+norms         with scale and shift; group norm: the same positions in every group. Statistics over a labelled axis (layer norm, weights
+standardized along their inputs) are of what is left
 reduction     over a labelled axis: that axis' labels end here; softmax and the like over a labelled axis freeze it
 """
 

@@ -1,8 +1,9 @@
 """Structured pruning: channels, heads and hidden units physically removed, with everything that is coupled to them.
 
 Which channels go together is found by pushing labels through the exported graph (`_coupling`): residual adds, concatenations, shuffles,
-depthwise and grouped convolutions, attention heads, gated MLPs. A group is a set of channels any subset of which can go; the groups are in
-the receipt. What is not understood is not pruned, and a group whose removal breaks the model is put back alone; both are reported.
+depthwise and grouped convolutions, attention heads (also by einsum), gated MLPs, standardized weights. A group is a set of channels any
+subset of which can go; the groups are in the receipt. What is not understood is not pruned, and a group whose removal breaks the model is
+put back alone; both are reported.
 
 Give one goal:
 
