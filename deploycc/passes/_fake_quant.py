@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -64,9 +64,22 @@ class _Rounded(torch.autograd.Function):
         return gradient * inside, for_scale, None, None, None
 
 
-def fake_quantize(x: torch.Tensor, scale: torch.Tensor, low: float, high: float, factor: float = 1.0) -> torch.Tensor:
-    """`x` on the grid of `scale`, between `low` and `high` steps; gradients as above, that of the scale times `factor`."""
-    return _Rounded.apply(x, scale, low, high, factor)  # pyright: ignore[reportReturnType]
+class _RoundedByInverse(_Rounded):
+    """x·(1/s) for x/s: where calibration put a value just between two steps, the last bit decides."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, scale: torch.Tensor, low: float, high: float, factor: float) -> torch.Tensor:  # type: ignore[override]
+        return (x * scale.reciprocal()).round_().clamp(low, high).mul_(scale)
+
+
+def fake_quantize(
+    x: torch.Tensor, scale: torch.Tensor, low: float, high: float, factor: float = 1.0, *, inverse: bool = False
+) -> torch.Tensor:
+    """`x` on the grid of `scale`, between `low` and `high` steps; gradients as above, that of the scale times `factor`.
+
+    `inverse`: multiply by 1/s, as PyTorch's engines do, where ONNX divides.
+    """
+    return (_RoundedByInverse if inverse else _Rounded).apply(x, scale, low, high, factor)  # pyright: ignore[reportReturnType]
 
 
 class _Stepped(nn.Module):
@@ -99,7 +112,10 @@ class Activation(_Stepped):
 
     Attributes:
         observing: an observed scale follows the batches, in train mode.
+        inverse: as in fake_quantize.
     """
+
+    inverse: ClassVar[bool] = False
 
     def __init__(self, scale: np.ndarray, zero: int, limits: tuple[int, int], steps: Steps = "calibrated") -> None:
         super().__init__(torch.tensor(float(scale), dtype=torch.float32), learned=steps == "learned")
@@ -111,7 +127,7 @@ class Activation(_Stepped):
         if self.observing and self.training:
             self._observe(x.detach())
         values = x.numel() / max(1, x.shape[0]) if x.dim() > 1 else x.numel()
-        return fake_quantize(x, self.step(), self.low, self.high, 1 / math.sqrt(max(1.0, values * self.high)))
+        return fake_quantize(x, self.step(), self.low, self.high, 1 / math.sqrt(max(1.0, values * self.high)), inverse=self.inverse)
 
     def _observe(self, x: torch.Tensor) -> None:
         """Move the scale towards the one that just holds `x`."""
