@@ -82,14 +82,17 @@ class Work:
         """Side by side, one core each."""
         missing = [task for task in tasks if not (self.folder / task.name / bundles.MANIFEST).is_file()]
         threads = str(max(1, available_cores() // self.jobs))
-        with ProcessPoolExecutor(
-            self.jobs, multiprocessing.get_context("spawn"), os.environ.__setitem__, ("OMP_NUM_THREADS", threads)
-        ) as pool:
+        with ProcessPoolExecutor(self.jobs, multiprocessing.get_context("spawn"), _use_threads, (threads,)) as pool:
             say(f"{', '.join(task.name for task in missing)}, {self.jobs} at a time with {threads} thread(s)")
             running = {task: pool.submit(_compiled, task, self.folder, self.data) for task in missing}
             for task, future in running.items():
                 self.seconds[task.name] = future.result()
                 say(f"{task.name}: {self.seconds[task.name]:.0f} s: {task.passes}")
+
+
+def _use_threads(count: str) -> None:
+    """In a process that compiles beside others."""
+    os.environ["OMP_NUM_THREADS"] = count
 
 
 def _compiled(task: Task, folder: Path, data: str) -> float:

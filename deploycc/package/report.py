@@ -1,4 +1,4 @@
-"""The report: one HTML file that works offline, made from the manifest alone. Bars are inline SVG; no script, no reference outside."""
+"""The report: one HTML file that works offline, made from the manifest alone. Bars and curves are inline SVG; there is no script."""
 
 from __future__ import annotations
 
@@ -53,6 +53,16 @@ class Chart:
     bars: tuple[Bar, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One value over the epochs of one pass: `points` of an SVG polyline in a box of 100 × 30, its first and last value as text."""
+
+    title: str
+    points: str
+    first: str
+    last: str
+
+
 def render(manifest: Manifest) -> str:
     """The whole page."""
     environment = Environment(
@@ -65,6 +75,7 @@ def render(manifest: Manifest) -> str:
         rows=rows(manifest),
         metric_name=_metric_name(manifest),
         charts=charts(manifest.shipped.receipts),
+        curves=[curve for receipt in manifest.shipped.receipts for curve in curves(receipt)],
         limits=[_limit(check) for check in (*manifest.limits, *manifest.measured.limits)],
         warnings=bench.warnings() if bench else (),
         environment=bench.environment if bench else None,
@@ -156,6 +167,34 @@ def charts(receipts: Sequence[ReceiptRecord]) -> list[Chart]:
     ]
     found = [Chart(title, _bars(steps, value, text)) for title, value, text in parts]
     return [chart for chart in found if any(bar.share is not None for bar in chart.bars)]
+
+
+def curves(receipt: ReceiptRecord) -> list[Curve]:
+    """Loss and metric over the epochs of a pass that trained, and of every recovery of one that pruned in steps."""
+    name = receipt.spec.partition("{")[0]
+    runs = [(name, receipt.details.get("curves") or [])]
+    runs += [(f"{name}, recovery {row['step']}", row["curves"]) for row in receipt.details.get("recovery") or []]
+    found: list[Curve] = []
+    for title, rows in runs:
+        for key, label in (("loss", "loss"), ("metric", next((row["name"] for row in rows), ""))):
+            values = [row[key] for row in rows if row[key] is not None and math.isfinite(row[key])]
+            if values:
+                ends = [
+                    f"{value:.4g}" if key == "loss" or label.startswith("minus") else percent(value) for value in (values[0], values[-1])
+                ]
+                found.append(Curve(f"{title}: {label}", _points(values), *ends))
+    return found
+
+
+def _points(values: Sequence[float]) -> str:
+    """Left to right, the lowest at 28 and the highest at 2; a single value is a line across."""
+    values = [*values, *values] if len(values) == 1 else values
+    low, high = min(values), max(values)
+    steps = [
+        (100 * index / (len(values) - 1), 28 - 26 * ((value - low) / (high - low) if high > low else 0.5))
+        for index, value in enumerate(values)
+    ]
+    return " ".join(f"{x:.2f},{y:.2f}" for x, y in steps)
 
 
 def _bars(steps: Sequence[ReceiptRecord], value: Callable[[ReceiptRecord], float | None], text: Callable[[float], str]) -> tuple[Bar, ...]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,7 +12,7 @@ from deploycc.bench.environment import capture
 from deploycc.bench.result import BenchResult, Measurement
 from deploycc.core.target import Bench
 from deploycc.package.manifest import Contents, describe
-from deploycc.package.report import EAGER, charts, human_bytes, human_count, human_seconds, render, rows
+from deploycc.package.report import EAGER, charts, curves, human_bytes, human_count, human_seconds, render, rows
 
 
 def bench(**medians_ms: float) -> BenchResult:
@@ -137,6 +138,30 @@ def test_charts_follow_the_passes_that_changed_something(contents: Contents):
     assert not weights[0].lossy
     assert [bar.text for bar in found["SQNR against the float model"].bars] == ["equal", "31.5 dB"]
     assert [bar.text for bar in found["Latency, median"].bars] == ["not measured", "0.50 ms"]
+
+
+def test_curves_of_training_and_of_recovery_are_drawn(contents: Contents):
+    def row(epoch: int, loss: float, metric: float | None) -> dict[str, object]:
+        return {"epoch": epoch, "loss": loss, "lr": 0.1, "name": "top1", "metric": metric}
+
+    trained = contents.shipped.receipts[0].model_copy(
+        update={"spec": "distill{epochs=3}", "details": {"curves": [row(1, 2.0, 0.5), row(2, 1.0, 0.75), row(3, 1.5, 0.7)]}}
+    )
+    pruned = contents.shipped.receipts[0].model_copy(
+        update={"spec": "prune-channels{steps=2}", "details": {"recovery": [{"step": 1, "curves": [row(1, 0.25, None)]}]}}
+    )
+    loss, metric = curves(trained)
+    assert (loss.title, loss.first, loss.last) == ("distill: loss", "2", "1.5")
+    assert loss.points == "0.00,2.00 50.00,28.00 100.00,15.00"
+    assert (metric.title, metric.first, metric.last) == ("distill: top1", "50.0 %", "70.0 %")
+    assert metric.points.split()[1] == "50.00,2.00"
+    (recovery,) = curves(pruned)
+    assert recovery.title == "prune-channels, recovery 1: loss"
+    assert recovery.points == "0.00,15.00 100.00,15.00"
+    shipped = contents.shipped.model_copy(update={"receipts": (trained, pruned)})
+    page = render(describe(replace(contents, shipped=shipped)))
+    assert page.count("<polyline") == 3
+    assert "<polyline" not in render(describe(contents))
 
 
 def test_no_passes_no_charts(make_contents: Callable[..., Contents]):
