@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -172,12 +173,12 @@ def charts(receipts: Sequence[ReceiptRecord]) -> list[Chart]:
 def curves(receipt: ReceiptRecord) -> list[Curve]:
     """Loss and metric over the epochs of a pass that trained, and of every recovery of one that pruned in steps."""
     name = receipt.spec.partition("{")[0]
-    runs = [(name, receipt.details.get("curves") or [])]
+    runs: list[tuple[str, list[dict[str, Any]]]] = [(name, receipt.details.get("curves") or [])]
     runs += [(f"{name}, recovery {row['step']}", row["curves"]) for row in receipt.details.get("recovery") or []]
     found: list[Curve] = []
     for title, rows in runs:
-        for key, label in (("loss", "loss"), ("metric", next((row["name"] for row in rows), ""))):
-            values = [row[key] for row in rows if row[key] is not None and math.isfinite(row[key])]
+        for key, label in (("loss", "loss"), ("metric", next((str(row["name"]) for row in rows), ""))):
+            values: list[float] = [row[key] for row in rows if row[key] is not None and math.isfinite(row[key])]
             if values:
                 ends = [
                     f"{value:.4g}" if key == "loss" or label.startswith("minus") else percent(value) for value in (values[0], values[-1])
