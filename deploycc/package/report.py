@@ -174,7 +174,8 @@ def curves(receipt: ReceiptRecord) -> list[Curve]:
     """Loss and metric over the epochs of a pass that trained, and of every recovery of one that pruned in steps."""
     name = receipt.spec.partition("{")[0]
     runs: list[tuple[str, list[dict[str, Any]]]] = [(name, receipt.details.get("curves") or [])]
-    runs += [(f"{name}, recovery {row['step']}", row["curves"]) for row in receipt.details.get("recovery") or []]
+    recoveries: list[dict[str, Any]] = receipt.details.get("recovery") or []
+    runs += [(f"{name}, recovery {item['step']}", item["curves"]) for item in recoveries]
     found: list[Curve] = []
     for title, rows in runs:
         for key, label in (("loss", "loss"), ("metric", next((str(row["name"]) for row in rows), ""))):
