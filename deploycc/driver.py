@@ -162,7 +162,7 @@ def _prepare(preparation: Pipeline, context: Context, options: Options) -> Artif
     if not preparation.steps:
         return context.reference
     store = _store(options)
-    return preparation.run(context.reference, context, [Verify(), Announce(), Quality()], store)
+    return preparation.run(context.reference, context, [Verify(preparing=True), Announce(), Quality()], store)
 
 
 def _store(options: Options) -> Store:

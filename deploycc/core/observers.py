@@ -18,11 +18,12 @@ PROBE_SAMPLES = 8
 class Verify:
     """Runs every pass's result on real samples; fails a pass that changes the numbers more than its `effect` declares.
 
-    `to_input` compares with what the pass was given (this is what the effect promises), `to_reference` with the float model.
+    `to_input` compares with what the pass was given (this is what the effect promises), `to_reference` with the float model; passes
+    that prepare are making that model, and have nothing to be compared with yet.
     """
 
-    def __init__(self, samples: int = PROBE_SAMPLES) -> None:
-        self.samples = samples
+    def __init__(self, samples: int = PROBE_SAMPLES, *, preparing: bool = False) -> None:
+        self.samples, self.preparing = samples, preparing
         self._reference: list[Outputs] | None = None
         self._before: tuple[str, list[Outputs]] | None = None
 
@@ -47,7 +48,7 @@ class Verify:
             return receipt  # another head: there is nothing to compare
         to_input = drift(first, outputs)
         self._judge(step, to_input)
-        return replace(receipt, to_input=to_input, to_reference=drift(self._reference, outputs))
+        return replace(receipt, to_input=to_input, to_reference=None if self.preparing else drift(self._reference, outputs))
 
     def _judge(self, step: Pass, found: Drift) -> None:
         allowed = step.effect.tolerance

@@ -86,6 +86,8 @@ def test_the_gate_compares_with_the_finetuned_model(folder):
     receipt = found.outcome.attempts[0].artifact.history[0]
     assert receipt.spec.startswith("finetune{")
     assert receipt.quality["top1"] > 0.95
+    assert receipt.to_reference is None  # it makes the reference
+    assert found.outcome.attempts[0].artifact.history[1].to_reference is not None
     architecture = json.loads((found.bundle.folder / "checkpoint" / "architecture.json").read_text())
     assert architecture["edits"][0]["layers"]["3"]["attributes"] == {"out_features": 2}
 
