@@ -25,6 +25,44 @@ def make():
     )
     return net, torch.zeros(1, 1, 8, 8)
 """
+TRANSFORMER = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        n, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2]).transpose(1, 2).reshape(n, tokens, -1)
+        x = x + self.out(seen)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Vit(nn.Module):
+    def __init__(self, width=48, heads=4):
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 2, 2)
+        self.places = nn.Parameter(0.02 * torch.randn(1, 16, width))
+        self.blocks = nn.Sequential(Block(width, heads), Block(width, heads))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.places
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+def make():
+    return Vit(), torch.zeros(1, 1, 8, 8)
+"""
 # A loss that stops, when it is asked to, in the middle of the second epoch: the test kills the process there.
 LOSS = """
 import os, pathlib, time
@@ -132,3 +170,24 @@ def test_the_bundle_carries_the_module_and_another_compile_takes_it(folder):
     )  # fmt: skip
     assert done.returncode in (0, 3), done.stderr
     assert json.loads(done.stdout)["candidates"][-1]["value"] > 0.8
+
+
+def test_a_transformer_is_trained_pruned_distilled_and_quantized_in_one_command(folder):
+    (folder / "vit.py").write_text(TRANSFORMER)
+    training = "epochs={} batch=64 optimizer=adamw lr=0.002 warmup=0.5"
+    steps = (f"finetune{{{training.format(15)}}}", "prune-channels{macs=0.5 multiple=1}", f"distill{{{training.format(10)}}}")
+    rest = "export-onnx, quantize-static, quantize-qat{epochs=1 batch=64 optimizer=adamw lr=0.0002 step-sizes=learned}"
+    words, environment = command(folder, "vit", "vit-cache", f"{', '.join(steps)}, {rest}")
+    words[1] = f"{folder}/vit.py:make"
+    done = subprocess.run(
+        [sys.executable, "-m", "deploycc.cli", *words], capture_output=True, text=True, env=environment, cwd=ROOT, check=False
+    )
+    assert done.returncode in (0, 3), done.stderr
+    document = json.loads(done.stdout)
+    attempt = next(item for item in document["attempts"] if item["receipts"][-1]["spec"].startswith("quantize-qat"))
+    pruned = next(item for item in attempt["receipts"] if item["spec"].startswith("prune-channels"))
+    assert pruned["details"]["macs"][0] <= 0.5 * pruned["details"]["macs"][1]
+    assert any("qkv" in name for name, (left, whole) in pruned["details"]["kept"].items() if left < whole)
+    assert attempt["accuracy"]["reference"] > 0.9
+    assert attempt["accuracy"]["candidate"] > attempt["accuracy"]["reference"] - 0.05
+    assert (folder / "vit" / "checkpoint" / "architecture.json").is_file()
