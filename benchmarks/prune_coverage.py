@@ -1,6 +1,7 @@
 """How many architectures `prune-channels` prunes, of torchvision's and timm's families, with random weights and no data.
 
-    python benchmarks/prune_coverage.py [--only NAME …] [--again NAME …] [--seconds N]
+    python benchmarks/prune_coverage.py [--only NAME …] [--again NAME …] [--rows-of JSON …]
+                                        [--seconds N] [--jobs N]
 
 Each model in a process of its own: 30 % of every group's channels go, then the result is run, trained for one step, exported to ONNX and
 rebuilt from its JSON edits. A row is written when it is there; the next run goes on behind it. Needs timm.
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,7 @@ class Row:
         reason: what failed first; empty when everything went through.
         done: the checks that went through, of forward, backward, onnx, reload.
         unknown: operators that froze channels, when little went.
-        seconds: of processor time, for the whole.
+        seconds: of processor time, for the whole; 0 when it was not measured on the page's machine.
     """
 
     name: str
@@ -158,29 +160,36 @@ def load(text: str) -> tuple[Any, int]:
 
 def apart(text: str) -> Row:
     """`one` in a process of its own."""
-    start = spent()
     try:
         command = [sys.executable, __file__, "--one", text]
         done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS_SECONDS, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        lines = done.stdout.strip().splitlines()
-        row = Row(**json.loads(lines[-1])) if done.returncode == 0 and lines else Row(text, reason=done.stderr.strip()[-300:])
-        if done.returncode == -signal.SIGXCPU:
-            row = Row(text, reason=f"over {LIMIT_SECONDS} s of processor time")
     except subprocess.TimeoutExpired:
-        row = Row(text, reason=f"no end after {HANGS_SECONDS} s")
-    return replace(row, seconds=round(spent() - start, 1))
+        return Row(text, reason=f"no end after {HANGS_SECONDS} s")
+    if done.returncode == -signal.SIGXCPU:
+        return Row(text, reason=f"over {LIMIT_SECONDS} s of processor time", seconds=LIMIT_SECONDS)
+    lines = done.stdout.strip().splitlines()
+    return Row(**json.loads(lines[-1])) if done.returncode == 0 and lines else Row(text, reason=done.stderr.strip()[-300:])
 
 
-def spent() -> float:
-    """Processor seconds of the processes that ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def limited(text: str) -> Row:
+    """`one` with a limit on processor time, and the time it took."""
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_SECONDS, LIMIT_SECONDS + 10))
+    row = one(text)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return replace(row, seconds=round(used.ru_utime + used.ru_stime, 1))
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """A line of the table."""
     share = DASH if row.share is None else f"{row.share:.1%}"
-    return (row.name, share, row.form or DASH, ", ".join(row.done) or DASH, row.reason or row.unknown or DASH, f"{row.seconds:.0f}")
+    return (
+        row.name,
+        share,
+        row.form or DASH,
+        ", ".join(row.done) or DASH,
+        row.reason or row.unknown or DASH,
+        f"{row.seconds:.0f}" if row.seconds else DASH,
+    )
 
 
 def markdown(rows: list[Row], machine: str) -> str:
@@ -193,13 +202,14 @@ def markdown(rows: list[Row], machine: str) -> str:
     ]
     return f"""# Architectures that prune-channels prunes
 
-`prune-channels{{ratio={RATIO}}}`, random weights, multiple=1. {len(rows)} of the {len(MODELS)} models of the list were run, in its order.
+`prune-channels{{ratio={RATIO}}}`, random weights, multiple=1. {len(rows)} of the {len(MODELS)} models of the list were run.
 {RATIO:.0%} of the channels asks for {ASKED:.0%} of the MACs; the bar is {BAR:.0%} of the models.
 
 {chr(10).join(lines)}
 
 Checks: a forward, the model rebuilt from its JSON edits gives the same, our ONNX export, one backward step in train mode. Models that take
-any size were run at {SMALL} pixels. Written by `python benchmarks/{NAME}.py`.
+any size were run at {SMALL} pixels. A row without a time is kept from an earlier run, on another machine or of another commit.
+Written by `python benchmarks/{NAME}.py`.
 
 {machine}
 
@@ -207,32 +217,44 @@ any size were run at {SMALL} pixels. Written by `python benchmarks/{NAME}.py`.
 """
 
 
+def read(path: Path) -> dict[str, Row]:
+    """The rows of an earlier run, by name."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return {row["name"]: Row(**{**row, "done": tuple(row["done"])}) for row in rows}
+
+
 def main() -> int:
     """Run what has no row yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(MODELS), help="run no others")
     parser.add_argument("--again", nargs="+", metavar="NAME", default=[], help="run these even though they have a row")
+    parser.add_argument("--rows-of", nargs="+", type=Path, metavar="JSON", default=[], help="keep what worked in other runs, untimed")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no model after this time")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models at a time")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_SECONDS, LIMIT_SECONDS + 10))
-        print(json.dumps(asdict(one(options.one))))
+        print(json.dumps(asdict(limited(options.one))))
         return 0
     folder, environment, start = results_folder(), capture(threads=1), time.monotonic()
     path = folder / f"{NAME}.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    rows = {row["name"]: Row(**{**row, "done": tuple(row["done"])}) for row in earlier}
-    for text in MODELS:
-        if text not in options.only or (text in rows and text not in options.again):
-            continue
-        if time.monotonic() - start > options.seconds:
-            break
-        rows[text] = apart(text)
-        say(" | ".join(cells(rows[text])))
-        ordered = [rows[name] for name in MODELS if name in rows]
-        document = {"ratio": RATIO, "environment": environment.model_dump(), "rows": list(map(asdict, ordered))}
-        write(folder, NAME, document, markdown(ordered, about(environment)))
+    rows = {name: replace(row, seconds=0.0) for source in options.rows_of for name, row in read(source).items() if row.works}
+    rows |= read(path) if path.is_file() else {}
+    wanted = [text for text in MODELS if text in options.only and (text not in rows or text in options.again)]
+
+    def run(text: str) -> Row | None:
+        return apart(text) if time.monotonic() - start <= options.seconds else None
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for future in as_completed([pool.submit(run, text) for text in wanted]):
+            row = future.result()
+            if row is None:
+                continue
+            rows[row.name] = row
+            say(" | ".join(cells(row)))
+            ordered = [rows[name] for name in MODELS if name in rows]
+            document = {"ratio": RATIO, "environment": environment.model_dump(), "rows": list(map(asdict, ordered))}
+            write(folder, NAME, document, markdown(ordered, about(environment)))
     return 0
 
 
