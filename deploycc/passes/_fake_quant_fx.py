@@ -5,8 +5,12 @@ Activations and weights round as in `_fake_quant`, with two rules more, which ho
     an output that is clipped to c    s ≤ c / p: the integer output saturates at c by itself
     FBGEMM's depthwise kernel         s_c ≥ max |w_2i + w_2i+1| / (limit − 1), so that rounded pairs stay within the limit
 
-FBGEMM adds biases in float; QNNPACK rounds them to steps of s_x·s_w when it runs, and so does the training. What an operator computes
-the scale of itself (x + c, c·x) is not rounded anew. A dynamic layer's input stays in float: its scale is that of a single call.
+FBGEMM adds biases in float; QNNPACK rounds them to steps of s_x·s_w when it runs, and so does the training. A dynamic layer's input
+stays in float: its scale is that of a single call. Two operators choose the scale of their result themselves (qadd.cpp, qmul.cpp):
+
+    c·x      s' = |c|·s, and nothing is rounded
+    x + c    c is rounded to k = round(c / s) steps, and z' = z − k; where that leaves 0 … 255 the result is rounded to steps that just
+             hold it, s' = s·(255 − z')/255 or s·z'/255
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -22,10 +26,21 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from deploycc.passes import _engines, _torch_ao
-from deploycc.passes._fake_quant import Activation, Bias, Steps, Through, Weights
+from deploycc.passes._fake_quant import Activation, Bias, Steps, Weights, fake_quantize
 from deploycc.passes._torch_prepared import Prepared
 
+LEVELS = 255
 ROUNDS_BIASES = "qnnpack"
+
+Grid = tuple[torch.Tensor, float, float]
+
+
+class Rounder(Protocol):
+    """Makes values of one grid."""
+
+    def grid(self) -> Grid:
+        """Step, lowest and highest multiple of it."""
+        ...
 
 
 class Quint8(Activation):
@@ -34,7 +49,11 @@ class Quint8(Activation):
     inverse: ClassVar[bool] = True
 
     def __init__(self, scale: float, zero: int, steps: Steps) -> None:
-        super().__init__(np.asarray(scale, np.float32), zero, (0, 255), steps)
+        super().__init__(np.asarray(scale, np.float32), zero, (0, LEVELS), steps)
+
+    def grid(self) -> Grid:
+        """Step, lowest and highest multiple of it."""
+        return self.step(), self.low, self.high
 
 
 class Ceiled(Quint8):
@@ -51,6 +70,69 @@ class Ceiled(Quint8):
     def forward(self, x: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
         """Clip, fake-quantize."""
         return super().forward(x.clamp(max=self.ceiling))
+
+
+class Scaled(nn.Module):
+    """c·x, as the engines give it.
+
+    Args:
+        source: what rounds x.
+        constant: c.
+    """
+
+    def __init__(self, source: Rounder, constant: float) -> None:
+        super().__init__()
+        self.source = (source,)  # a tuple: it is a module of the graph, not of this one
+        self.constant = constant
+
+    def grid(self) -> Grid:
+        """Of the result."""
+        step, low, high = self.source[0].grid()
+        return (step * abs(self.constant), low, high) if self.constant > 0 else (step * abs(self.constant), -high, -low)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As it is."""
+        return x
+
+
+class Shifted(Scaled):
+    """x + c, as the engines give it."""
+
+    def grid(self) -> Grid:
+        """Of the result."""
+        step, low, high = self.source[0].grid()
+        low, high = low + self._steps(step), high + self._steps(step)
+        if low > 0:
+            return step * high / LEVELS, 0.0, LEVELS
+        if high < 0:
+            return step * -low / LEVELS, -LEVELS, 0.0
+        return step, low, high
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """With c in whole steps."""
+        step, _, _ = self.source[0].grid()
+        return on_grid(x + (step.detach() * self._steps(step) - self.constant), self.grid())
+
+    def _steps(self, step: torch.Tensor) -> float:
+        return float(torch.round(self.constant / step.detach()))
+
+
+class PassedOn(nn.Module):
+    """What pooling makes of such a result."""
+
+    def __init__(self, source: Rounder) -> None:
+        super().__init__()
+        self.source = (source,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Rounded to its steps."""
+        return on_grid(x, self.source[0].grid())
+
+
+def on_grid(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """`x` rounded; no gradient for the step."""
+    step, low, high = grid
+    return fake_quantize(x, step.detach(), low, high, inverse=True)
 
 
 class PairedWeights(Weights):
@@ -109,14 +191,18 @@ class Placed:
 def place(prepared: Prepared, engine: str, steps: Steps) -> Placed:
     """A copy of the calibrated graph with fake quantization in it, and the float weights."""
     net = copy.deepcopy(prepared.graph)
-    made: dict[int, Activation] = {}
-    activations: dict[str, Activation] = {}
+    made: dict[int, Quint8 | Scaled] = {}
+    by_name: dict[str, Quint8 | Scaled] = {}
     for name, site in _torch_ao.activations(prepared.graph).items():
-        if site is None:
-            net.set_submodule(name, Through())
-            continue
-        activations[name] = made.setdefault(site.observer, _activation(site, steps))
-        net.set_submodule(name, activations[name])
+        first = site.observer not in made
+        if isinstance(site, _torch_ao.Site):
+            by_name[name] = made.setdefault(site.observer, _activation(site, steps))
+        elif first:
+            by_name[name] = made[site.observer] = (Shifted if site.adds else Scaled)(by_name[site.source], site.constant)
+        else:
+            by_name[name] = made[site.observer]
+        net.set_submodule(name, by_name[name] if first or isinstance(by_name[name], Quint8) else PassedOn(by_name[name]))
+    activations = {name: found for name, found in by_name.items() if isinstance(found, Quint8)}
     sources = {str(node.target): node.args[0] for node in net.graph.nodes if node.op == "call_module"}
     layers: dict[str, Layer] = {}
     for name, recipe in prepared.plan.recipes.items():

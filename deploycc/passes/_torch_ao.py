@@ -220,18 +220,43 @@ class Site:
     fixed: bool
 
 
-def activations(prepared: fx.GraphModule) -> dict[str, Site | None]:
-    """Where the observers of a calibrated graph stand, by submodule name. None: nothing is rounded there anew."""
-    found: dict[str, Site | None] = {}
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """An activation of which the operator chooses the scale itself.
+
+    Attributes:
+        observer: as in Site.
+        source: name of the observer of the tensor in x + c or c·x; "" where the result of one is passed on (pooling, reshaping).
+        adds: x + c.
+        constant: c.
+    """
+
+    observer: int
+    source: str
+    adds: bool
+    constant: float
+
+
+def activations(prepared: fx.GraphModule) -> dict[str, Site | Derived]:
+    """Where the observers of a calibrated graph stand, by submodule name, in the graph's order."""
+    found: dict[str, Site | Derived] = {}
     for node in prepared.graph.nodes:
         observer = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(observer, ActivationObserver) and observer.derived:
-            found[str(node.target)] = None
+            found[str(node.target)] = _derived(node.args[0], observer)
         elif isinstance(observer, ActivationObserver | FixedQParamsObserver):
             scale, zero = observer.calculate_qparams()
             fixed = isinstance(observer, FixedQParamsObserver)
             found[str(node.target)] = Site(id(observer), float(scale), int(zero), None if fixed else observer.ceiling, fixed)
     return found
+
+
+def _derived(made: fx.Node, observer: ActivationObserver) -> Derived:
+    if made.target not in SCALAR_OPERATORS:
+        return Derived(id(observer), "", adds=False, constant=0.0)
+    tensor = next(arg for arg in made.args if isinstance(arg, fx.Node))
+    constant = next(arg for arg in (*made.args, *made.kwargs.values()) if isinstance(arg, int | float))
+    return Derived(id(observer), str(tensor.target), made.target in (operator.add, torch.add), float(constant))
 
 
 def set_activation(prepared: fx.GraphModule, name: str, scale: float) -> None:
