@@ -8,6 +8,9 @@ FBGEMM, saturation: the depthwise kernel adds the products of taps 2i and 2i + 1
 (VPMADDUBSW). u8 activations reach 255, so a pair is safe when |q_2i + q_2i+1| ≤ 128: 255 · 128 = 32640 ≤ 32767. All other kernels
 accumulate in int32 where the CPU has AVX512-VNNI, and in int16 pairs elsewhere.
 
+FBGEMM, transposed (measured with PyTorch 2.13): with groups = 1, channels in multiples of 8, no padding or
+dilation, and kernel and stride of 2 along the first axis (the up-sampling of a U-Net), results are wrong by hundreds of steps.
+
 QNNPACK has depthwise kernels for 9 and for 25 taps; it accumulates in int32.
 """
 
@@ -44,11 +47,20 @@ class Convolution:
         return self.groups > 1 and self.groups == self.in_channels
 
 
-def slow_reason(engine: str, conv: Convolution) -> str | None:
-    """Why `engine` has no fast int8 kernel for `conv`, or None when it has one."""
+def float_reason(engine: str, conv: Convolution) -> str | None:
+    """Why `conv` stays in float: `engine` has no fast int8 kernel for it, or a wrong one; None when it has a good one."""
+    if engine == "fbgemm" and _is_wrong(conv):
+        return "FBGEMM's kernel for 2×2 transposed convolutions of stride 2 gives wrong results with channels in multiples of 8"
     if not conv.depthwise:
         return None
     return _fbgemm_reason(conv) if engine == "fbgemm" else _qnnpack_reason(conv)
+
+
+def _is_wrong(conv: Convolution) -> bool:
+    """The transposed convolutions of the docstring above."""
+    exact = conv.transposed and len(conv.kernel) == 2 and conv.groups == 1 and set(conv.padding) == {0} and set(conv.dilation) == {1}
+    whole = conv.in_channels % FBGEMM_CHANNEL_MULTIPLE == 0 and conv.out_channels % FBGEMM_CHANNEL_MULTIPLE == 0
+    return exact and whole and conv.kernel[0] == 2 and conv.stride[0] == 2
 
 
 def _fbgemm_reason(conv: Convolution) -> str | None:
@@ -75,4 +87,4 @@ def _qnnpack_reason(conv: Convolution) -> str | None:
 
 def adds_pairs(engine: str, conv: Convolution) -> bool:
     """Whether the kernel adds neighbouring taps in int16 on every CPU."""
-    return engine == "fbgemm" and conv.depthwise and slow_reason(engine, conv) is None
+    return engine == "fbgemm" and conv.depthwise and float_reason(engine, conv) is None

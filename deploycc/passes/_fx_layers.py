@@ -72,9 +72,9 @@ def require_folded(graph: fx.GraphModule) -> None:
             )
 
 
-def slow_layers(graph: fx.GraphModule, engine: str) -> dict[str, str]:
-    """The convolutions for which `engine` has no fast integer kernel, and why."""
-    reasons = {name: _engines.slow_reason(engine, conv) for name, _, conv in weighted_modules(graph) if conv is not None}
+def float_layers(graph: fx.GraphModule, engine: str) -> dict[str, str]:
+    """The convolutions for which `engine` has no fast and right integer kernel, and why."""
+    reasons = {name: _engines.float_reason(engine, conv) for name, _, conv in weighted_modules(graph) if conv is not None}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

@@ -120,7 +120,7 @@ def prepare(
     graph = _fx.modules_for_functions(_fx.trace(copy.deepcopy(artifact.model), artifact.signature))
     _fx_layers.require_folded(graph)
     _fx_layers.part_shared(graph)
-    in_float = _fx_layers.slow_layers(graph, engine)
+    in_float = _fx_layers.float_layers(graph, engine)
     ceilings = _fx_layers.clips_to_relu(graph, in_float)
     most = REDUCED if quant.reduce_range else FULL
     dynamic = _dynamic_layers(graph, artifact, context)

@@ -461,7 +461,7 @@ BASE = _engines.Convolution(64, 64, 64, (3, 3), (1, 1), (1, 1), (1, 1))
 def test_fast_depthwise_kernels(changes, fbgemm, qnnpack):
     conv = replace(BASE, **changes)
     for engine, wanted in (("fbgemm", fbgemm), ("qnnpack", qnnpack)):
-        reason = _engines.slow_reason(engine, conv)
+        reason = _engines.float_reason(engine, conv)
         assert (reason is None) == (wanted is None), reason
         assert wanted is None or wanted in reason
 
@@ -483,3 +483,50 @@ def test_the_fast_path_is_a_fact_about_fbgemm():
 
     with using_engine("fbgemm"):
         assert milliseconds(30, 0) > 10 * milliseconds(28, 1)  # the same output of 28 × 28
+
+
+UP = _engines.Convolution(16, 8, 1, (2, 2), (2, 2), (0, 0), (1, 1), transposed=True)
+
+
+@needs_fbgemm
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({}, True), ({"kernel": (2, 3)}, True), ({"stride": (2, 1)}, True), ({"in_channels": 24, "out_channels": 32}, True),
+        ({"kernel": (3, 3)}, False), ({"kernel": (1, 2), "stride": (1, 2)}, False), ({"stride": (3, 3)}, False),
+        ({"in_channels": 12}, False), ({"out_channels": 12}, False), ({"groups": 2}, False), ({"padding": (1, 1)}, False),
+    ],
+)  # fmt: skip
+def test_wrong_transposed_convolutions_are_a_fact_about_fbgemm(changes, wrong):
+    """Fails when a release of PyTorch mends them, or breaks others."""
+    conv = replace(UP, **changes)
+    layer = torch.ao.nn.quantized.ConvTranspose2d(
+        conv.in_channels, conv.out_channels, conv.kernel, conv.stride, conv.padding, groups=conv.groups, bias=False
+    )
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-60, 61, (conv.in_channels, conv.out_channels // conv.groups, *conv.kernel), generator=generator)
+    weight = torch.quantize_per_tensor(codes * 0.01, 0.01, 0, torch.qint8)
+    x = torch.quantize_per_tensor(torch.randint(0, 256, (1, conv.in_channels, 6, 6), generator=generator) * 0.02, 0.02, 0, torch.quint8)
+    layer.scale, layer.zero_point = 0.05, 128
+    with using_engine("fbgemm"):
+        layer.set_weight_bias(weight, None)
+        got = layer(x).dequantize()
+    wanted = F.conv_transpose2d(x.dequantize(), weight.dequantize(), None, conv.stride, conv.padding, groups=conv.groups)
+    steps = float((got - wanted.clamp(-128 * 0.05, 127 * 0.05)).abs().max()) / 0.05
+    assert (steps > 20) == wrong
+    assert wrong or steps < 1
+    assert (_engines.float_reason("fbgemm", conv) is not None) == wrong
+
+
+@needs_fbgemm
+def test_an_upsampling_layer_that_fbgemm_computes_wrongly_stays_in_float_and_right():
+    torch.manual_seed(0)
+    before = artifact(
+        nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    )
+    after = QuantizeTorch().apply(before, context(before, engine="fbgemm"))
+    assert [(name, "wrong results" in reason) for name, reason in after.quant.left_float] == [("2", True)]
+    x = {"x": np.random.default_rng(1).standard_normal((1, 3, 32, 32)).astype(np.float32)}
+    wanted, got = (ModuleForm().open(item, threads=1).run(x)["output"] for item in (before, after))
+    assert sqnr_db(wanted, got) > 25
