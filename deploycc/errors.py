@@ -20,8 +20,18 @@ class DeployError(Exception):
         self.what = what
         self.fix = fix
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors go from process to process, as from a pool that compiles several models."""
+        return _again, (type(self), self.args, vars(self))
+
     def __str__(self) -> str:
         return f"{self.what}\n  fix: {self.fix}"
+
+
+def _again(kind: type[DeployError], args: tuple[object, ...], state: dict[str, object]) -> DeployError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
 
 
 class UsageError(DeployError):
