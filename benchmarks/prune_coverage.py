@@ -228,7 +228,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(MODELS), help="run no others")
     parser.add_argument("--again", nargs="+", metavar="NAME", default=[], help="run these even though they have a row")
-    parser.add_argument("--rows-of", nargs="+", type=Path, metavar="JSON", default=[], help="keep what worked in other runs, untimed")
+    parser.add_argument("--rows-of", nargs="+", type=Path, metavar="JSON", default=[], help="keep what other runs found, untimed")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no model after this time")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models at a time")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -238,23 +238,26 @@ def main() -> int:
         return 0
     folder, environment, start = results_folder(), capture(threads=1), time.monotonic()
     path = folder / f"{NAME}.json"
-    rows = {name: replace(row, seconds=0.0) for source in options.rows_of for name, row in read(source).items() if row.works}
+    rows = {name: replace(row, seconds=0.0) for source in options.rows_of for name, row in read(source).items()}
     rows |= read(path) if path.is_file() else {}
     wanted = [text for text in MODELS if text in options.only and (text not in rows or text in options.again)]
 
     def run(text: str) -> Row | None:
         return apart(text) if time.monotonic() - start <= options.seconds else None
 
+    def keep() -> None:
+        ordered = [rows[name] for name in MODELS if name in rows]
+        document = {"ratio": RATIO, "environment": environment.model_dump(), "rows": list(map(asdict, ordered))}
+        write(folder, NAME, document, markdown(ordered, about(environment)))
+
+    keep()
     with ThreadPoolExecutor(options.jobs) as pool:
         for future in as_completed([pool.submit(run, text) for text in wanted]):
             row = future.result()
-            if row is None:
-                continue
-            rows[row.name] = row
-            say(" | ".join(cells(row)))
-            ordered = [rows[name] for name in MODELS if name in rows]
-            document = {"ratio": RATIO, "environment": environment.model_dump(), "rows": list(map(asdict, ordered))}
-            write(folder, NAME, document, markdown(ordered, about(environment)))
+            if row is not None:
+                rows[row.name] = row
+                say(" | ".join(cells(row)))
+                keep()
     return 0
 
 
