@@ -42,7 +42,7 @@ PRECISION = "bf16" if cpu_flags() & {"amx_bf16", "avx512_bf16"} else "no"  # emu
 COMMON = f"batch=128 augment=standard holdout=0.03 precision={PRECISION}"
 FLOAT = f"finetune{{{{epochs={{epochs}} lr=0.1 warmup=1 {COMMON}}}}}, export-onnx"
 TRAINING = f"epochs={{epochs}} lr=0.05 warmup=0.5 {COMMON}"
-QAT = "quantize-qat{{epochs={epochs} lr=0.02 batch=128 augment=standard holdout=0.03 teacher={teacher}}}"
+QAT = "quantize-qat{{epochs={epochs} optimizer=adam lr=0.0003 batch=128 augment=standard holdout=0.03 teacher={teacher}}}"
 EXPORT = "fold-batchnorm, export-onnx"
 QUANTIZE = f"{EXPORT}, quantize-static"
 PRUNE = "prune-channels{macs=0.4}"
@@ -165,7 +165,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--float-epochs", type=int, default=14, help="of training the float network")
     parser.add_argument("--epochs", type=int, default=5, help="of distillation, and of fine-tuning beside it")
-    parser.add_argument("--qat-epochs", type=int, default=4, help="of quantization-aware training")
+    parser.add_argument("--qat-epochs", type=int, default=3, help="of quantization-aware training")
     parser.add_argument("--jobs", type=int, default=available_cores(), help="compiles side by side")
     parser.add_argument("--judge-only", action="store_true", help="judge and time the bundles that --work holds already")
     parser.add_argument("--quick", action="store_true", help="two epochs at most, to see that it runs; writes no result")

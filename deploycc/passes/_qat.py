@@ -40,7 +40,8 @@ class QatOptions(TrainingOptions):
     """
 
     epochs: int = 2
-    lr: float = 1e-3
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "adam"  # without norms, weights of channels differ much in size
+    lr: float = 3e-4
     weight_decay: float = 0.0
     teacher: str = "reference"
     alpha: float | None = None

@@ -68,6 +68,7 @@ def fit(
     what: str,
     score: Callable[[nn.Module], float] | None = None,
     metric: str = "top1",
+    or_start: bool = False,
     after_step: Callable[[nn.Module], None] | None = None,
     on_epoch: Callable[[int, nn.Module], None] | None = None,
     frozen: Callable[[int], Sequence[str]] | None = None,
@@ -83,6 +84,7 @@ def fit(
         what: the name that progress shows.
         score: of the module on held-out samples, larger is better; without it the last epoch is kept.
         metric: what `score` is called.
+        or_start: the weights it begins with are kept when no epoch scores better.
         after_step: runs after every optimizer step (clamps, masks).
         on_epoch: runs before every epoch, in train mode (schedules of observers).
         frozen: names of the parameters that stay as they are in an epoch.
@@ -100,6 +102,8 @@ def fit(
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     run = _Run(accelerator, module, optimizer, options, feeder.steps(accelerator.num_processes), _masks(module, feeder.artifact), last)
     start = run.restore(context.resume)
+    if or_start and score and not run.best:
+        run.keep(-1, score(module.eval()))
     with torch.random.fork_rng(devices=[]):
         for epoch in range(start, options.epochs):
             torch.manual_seed(hash((context.seed, epoch, accelerator.process_index)) % (1 << 31))
@@ -122,7 +126,10 @@ def fit(
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # mixed precision put a cast around forward
         vars(module).pop(name, None)
     module.load_state_dict(run.best)
-    if score and run.best_epoch + 1 < len(run.curves):
+    if run.best_epoch < 0:
+        held = f"{metric} {run.best_score:.4g} on {len(feeder.held)} held-out samples"
+        run.note(f"no epoch was better than the start, whose weights are kept: {held}")
+    elif score and run.best_epoch + 1 < len(run.curves):
         run.note(f"epoch {run.best_epoch + 1} is kept: {metric} {run.best_score:.4g} on {len(feeder.held)} held-out samples")
     usual_order(module)
     return Fitted(module.cpu().eval(), tuple(run.curves), tuple(run.notes))
@@ -229,15 +236,20 @@ class _Run:
         """Keep the curves, and the weights if they are the best so far."""
         self.curves.append({"epoch": epoch + 1, "loss": self.loss, "lr": self.lr, "name": metric, "metric": value})
         if value is None or value > self.best_score:
-            self.best = {key: tensor.detach().clone() for key, tensor in self.module.state_dict().items()}
-            self.best_epoch, self.best_score = epoch, -math.inf if value is None else value
+            self.keep(epoch, -math.inf if value is None else value)
+
+    def keep(self, epoch: int, score: float) -> None:
+        """These weights are the best so far; epoch -1 is the start."""
+        self.best = {key: tensor.detach().clone() for key, tensor in self.module.state_dict().items()}
+        self.best_epoch, self.best_score = epoch, score
 
     def broken(self, value: float, epoch: int, step: int, lr: float) -> str:
         """What to say of a loss that is no number; raises TrainingError when no epoch was finished before."""
         where = f"the loss is {value} at step {step + 1} of epoch {epoch + 1}, learning rate {lr:.3g}"
-        if not self.best:
+        if not self.curves:
             raise TrainingError(where, fix=f"use a smaller rate (lr={self.options.lr / 10:g}), warmup=1 or clip-norm=1; check the data")
-        return f"stopped: {where}; the weights of epoch {self.best_epoch + 1} are kept. Use a smaller lr, warmup or clip-norm"
+        kept = f"epoch {self.best_epoch + 1}" if self.best_epoch >= 0 else "the start"
+        return f"stopped: {where}; the weights of {kept} are kept. Use a smaller lr, warmup or clip-norm"
 
     def save(self, folder: Path | None, epoch: int) -> None:
         """Everything that the next epoch needs, written whole."""

@@ -124,6 +124,13 @@ def test_steps_are_trained_or_observed_and_shipped(trained, quantized, steps, tm
     assert right(made, tmp_path) > right(quantized, tmp_path) + 0.05
 
 
+def test_a_training_that_only_harms_ships_what_it_began_with(trained, quantized):
+    made = run("epochs=2 optimizer=sgd lr=2.0 clip-norm=100", quantized, context(trained))
+    assert any("no epoch was better than the start" in note for note in made.history[-1].notes)
+    before, after = constants(quantized), constants(made)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
 def test_another_model_may_teach(trained, quantized):
     asked = []
 
