@@ -68,7 +68,7 @@ def distil(
     score, metric = scorer(feeder, guide)
     fitted = fit(
         trained, objective, options=options, feeder=feeder, context=context, what=what,
-        score=(lambda net: score(module)) if score else None, metric=metric,
+        score=(lambda net: score(module)) if score else None, metric=metric, by_loss=True,
     )  # fmt: skip
     return Fitted(module.eval(), fitted.curves, fitted.notes) if inside else fitted
 

@@ -61,7 +61,7 @@ def train(options: _qat.QatOptions, artifact: Artifact, context: Context, teache
 
     fitted = fit(
         net, lesson(artifact, guide, Mixture(options.alpha, options.temperature, options.loss)), options=options, feeder=feeder,
-        context=context, what="quantize-qat", score=score, metric=metric, or_start=True, on_epoch=observe,
+        context=context, what="quantize-qat", score=score, metric=metric, by_loss=teacher is not None, or_start=True, on_epoch=observe,
     )  # fmt: skip
     model = clone(artifact.model)
     write_back(model.graph, found)

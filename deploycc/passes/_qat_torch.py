@@ -59,7 +59,7 @@ def train(options: _qat.QatOptions, artifact: Artifact, context: Context, teache
 
     fitted = fit(
         placed.net, lesson(artifact, guide, Mixture(options.alpha, options.temperature, options.loss)), options=options, feeder=feeder,
-        context=context, what="quantize-qat", score=score, metric=metric, or_start=True, on_epoch=observe,
+        context=context, what="quantize-qat", score=score, metric=metric, by_loss=teacher is not None, or_start=True, on_epoch=observe,
     )  # fmt: skip
     _fake_quant_fx.write_back(prepared, placed)
     after = _torch_prepared.finish(prepared, artifact, context, method="qat")

@@ -9,21 +9,20 @@ goes on from there, and since the order and every random number of an epoch are 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploycc.core.artifact import Artifact
 from deploycc.core.contract import Context
 from deploycc.errors import MissingDependency, PreconditionError, TrainingError
 from deploycc.passes._feeder import Feeder, TrainBatch
-from deploycc.passes._layout import channels_last, ordered, usual_order
+from deploycc.passes._layout import channels_last, usual_order
 from deploycc.passes._training_pass import TrainingOptions
+from deploycc.passes._training_run import Run
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
     Objective = Callable[[nn.Module, TrainBatch], torch.Tensor]
 
-STATE = "epoch.pt"
 ONE_AXIS = 1  # biases and scales of norms are not decayed
 
 
@@ -68,6 +66,7 @@ def fit(
     what: str,
     score: Callable[[nn.Module], float] | None = None,
     metric: str = "top1",
+    by_loss: bool = False,
     or_start: bool = False,
     after_step: Callable[[nn.Module], None] | None = None,
     on_epoch: Callable[[int, nn.Module], None] | None = None,
@@ -84,7 +83,9 @@ def fit(
         what: the name that progress shows.
         score: of the module on held-out samples, larger is better; without it the last epoch is kept.
         metric: what `score` is called.
-        or_start: the weights it begins with are kept when no epoch scores better.
+        by_loss: the best epoch is the one with the lowest loss on the held-out samples: against a teacher it is far less noisy than
+            shares of right answers, each of which is one sample.
+        or_start: the weights it begins with are kept when no epoch is better.
         after_step: runs after every optimizer step (clamps, masks).
         on_epoch: runs before every epoch, in train mode (schedules of observers).
         frozen: names of the parameters that stay as they are in an epoch.
@@ -100,10 +101,20 @@ def fit(
     accelerator = _accelerator(options)
     optimizer = _optimizer(module, options)
     wrapped, optimizer = accelerator.prepare(module, optimizer)
-    run = _Run(accelerator, module, optimizer, options, feeder.steps(accelerator.num_processes), _masks(module, feeder.artifact), last)
+    run = Run(accelerator, module, optimizer, options, feeder.steps(accelerator.num_processes), _masks(module, feeder.artifact), last)
     start = run.restore(context.resume)
+
+    def merit(value: float | None) -> float | None:
+        """Of the weights as they are; larger is better, None where nothing is held out."""
+        if value is None or not by_loss:
+            return value
+        with torch.no_grad():
+            losses = [float(objective(module, run.placed(batch))) * len(batch.inputs[0]) for batch in feeder.held_out()]
+        return -sum(losses) / len(feeder.held)
+
     if or_start and score and not run.best:
-        run.keep(-1, score(module.eval()))
+        run.start = score(module.eval())
+        run.keep(-1, merit(run.start) or 0.0)
     with torch.random.fork_rng(devices=[]):
         for epoch in range(start, options.epochs):
             torch.manual_seed(hash((context.seed, epoch, accelerator.process_index)) % (1 << 31))
@@ -118,7 +129,7 @@ def fit(
                 break
             module.eval()
             value = score(module) if score else None
-            run.finish(epoch, value, metric)
+            run.finish(epoch, value, metric, merit(value))
             run.save(context.resume, epoch)
             if options.patience is not None and epoch - run.best_epoch >= options.patience:
                 run.note(f"stopped after epoch {epoch + 1}: {metric} has not risen for {options.patience} epochs")
@@ -126,17 +137,19 @@ def fit(
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # mixed precision put a cast around forward
         vars(module).pop(name, None)
     module.load_state_dict(run.best)
-    if run.best_epoch < 0:
-        held = f"{metric} {run.best_score:.4g} on {len(feeder.held)} held-out samples"
-        run.note(f"no epoch was better than the start, whose weights are kept: {held}")
-    elif score and run.best_epoch + 1 < len(run.curves):
-        run.note(f"epoch {run.best_epoch + 1} is kept: {metric} {run.best_score:.4g} on {len(feeder.held)} held-out samples")
+    if score and run.best_epoch + 1 < len(run.curves):
+        value = run.start if run.best_epoch < 0 else run.curves[run.best_epoch]["metric"]
+        told = f"{metric} {value:.4g} on {len(feeder.held)} held-out samples"
+        better = (
+            "no epoch was better than the start, whose weights are kept" if run.best_epoch < 0 else f"epoch {run.best_epoch + 1} is kept"
+        )
+        run.note(f"{better}: {told}")
     usual_order(module)
     return Fitted(module.cpu().eval(), tuple(run.curves), tuple(run.notes))
 
 
 def _epoch(
-    run: _Run,
+    run: Run,
     wrapped: nn.Module,
     objective: Objective,
     feeder: Feeder,
@@ -179,115 +192,6 @@ def _epoch(
         context.progress(what, epoch * run.steps + step + 1, options.epochs * run.steps, note)
     run.loss = total / run.steps
     return ""
-
-
-@dataclass(slots=True)
-class _Run:
-    """The state of a training."""
-
-    accelerator: Any
-    module: nn.Module
-    optimizer: Any
-    options: TrainingOptions
-    steps: int
-    masks: Mapping[str, torch.Tensor]
-    channels_last: bool = False
-    curves: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    notes: list[str] = field(default_factory=list[str])
-    best: dict[str, Any] = field(default_factory=dict[str, Any])
-    best_epoch: int = -1
-    best_score: float = -math.inf
-    loss: float = math.nan
-    lr: float = 0.0
-
-    def placed(self, batch: TrainBatch) -> TrainBatch:
-        """The batch on the device, in the module's own order."""
-        device, arranged = self.accelerator.device, ordered if self.channels_last else tuple
-        inputs = arranged([tensor.to(device) for tensor in batch.inputs])
-        same = batch.teacher_inputs is batch.inputs
-        other = inputs if same else arranged([tensor.to(device) for tensor in batch.teacher_inputs])
-        return TrainBatch(inputs, None if batch.labels is None else batch.labels.to(device), other)
-
-    def set_lr(self, step: int) -> float:
-        """Of this step; each group has its own factor."""
-        self.lr = self.options.lr_at(step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * group["scale"]
-        return self.lr
-
-    def mask(self) -> None:
-        """Zeros of sparse weights stay zeros."""
-        import torch
-
-        with torch.no_grad():
-            for name, mask in self.masks.items():
-                self.module.get_parameter(name).mul_(mask)
-
-    def note(self, text: str) -> None:
-        """Say something in the receipt."""
-        self.notes.append(text)
-
-    def latest(self) -> str:
-        """The last epoch's metric."""
-        value = self.curves[-1]["metric"] if self.curves else None
-        return "" if value is None else f", {self.curves[-1]['name']} {value:.4g}"
-
-    def finish(self, epoch: int, value: float | None, metric: str) -> None:
-        """Keep the curves, and the weights if they are the best so far."""
-        self.curves.append({"epoch": epoch + 1, "loss": self.loss, "lr": self.lr, "name": metric, "metric": value})
-        if value is None or value > self.best_score:
-            self.keep(epoch, -math.inf if value is None else value)
-
-    def keep(self, epoch: int, score: float) -> None:
-        """These weights are the best so far; epoch -1 is the start."""
-        self.best = {key: tensor.detach().clone() for key, tensor in self.module.state_dict().items()}
-        self.best_epoch, self.best_score = epoch, score
-
-    def broken(self, value: float, epoch: int, step: int, lr: float) -> str:
-        """What to say of a loss that is no number; raises TrainingError when no epoch was finished before."""
-        where = f"the loss is {value} at step {step + 1} of epoch {epoch + 1}, learning rate {lr:.3g}"
-        if not self.curves:
-            raise TrainingError(where, fix=f"use a smaller rate (lr={self.options.lr / 10:g}), warmup=1 or clip-norm=1; check the data")
-        kept = f"epoch {self.best_epoch + 1}" if self.best_epoch >= 0 else "the start"
-        return f"stopped: {where}; the weights of {kept} are kept. Use a smaller lr, warmup or clip-norm"
-
-    def save(self, folder: Path | None, epoch: int) -> None:
-        """Everything that the next epoch needs, written whole."""
-        import torch
-
-        if folder is None or not self.accelerator.is_main_process:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "epoch": epoch,
-            "curves": self.curves,
-            "notes": self.notes,
-            "best_epoch": self.best_epoch,
-            "best_score": self.best_score,
-        }
-        state = {
-            "facts": json.dumps(facts),
-            "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "best": self.best,
-        }
-        torch.save(state, folder / f".{STATE}")
-        (folder / f".{STATE}").replace(folder / STATE)
-
-    def restore(self, folder: Path | None) -> int:
-        """Go on from what `save` wrote; the first epoch to run."""
-        import torch
-
-        if folder is None or not (folder / STATE).is_file():
-            return 0
-        state = torch.load(folder / STATE, map_location=self.accelerator.device, weights_only=True)
-        facts = json.loads(state["facts"])
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.best, self.curves, self.notes = state["best"], facts["curves"], facts["notes"]
-        self.best_epoch, self.best_score = facts["best_epoch"], facts["best_score"]
-        self.accelerator.wait_for_everyone()
-        return facts["epoch"] + 1
 
 
 def _use_cores() -> None:
@@ -359,7 +263,7 @@ def _is_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or "not enough memory" in str(error) or "out of memory" in str(error).lower()
 
 
-def _too_large(run: _Run, wrapped: nn.Module, objective: Objective, batch: TrainBatch, size: int) -> TrainingError:
+def _too_large(run: Run, wrapped: nn.Module, objective: Objective, batch: TrainBatch, size: int) -> TrainingError:
     """The error for a batch that memory does not hold, with the size that it does hold."""
     world = run.accelerator.num_processes
     rows = len(batch.inputs[0]) // 2

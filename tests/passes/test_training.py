@@ -264,6 +264,28 @@ def test_training_stops_early_and_keeps_the_best_epoch():
     assert any("epoch 2 is kept: top1 0.9" in note for note in fitted.notes)
 
 
+def test_with_a_teacher_the_lowest_held_out_loss_chooses_the_epoch_and_not_a_lucky_metric():
+    made = artifact()
+    ready = context(made)
+    options = TrainingOptions(**{**QUICK, "epochs": 4, "holdout": 0.2})
+    feeder = Feeder(made, ready, options)
+    metrics, losses, states = iter((0.9, 0.5, 0.5, 0.5)), [], []
+
+    def objective(module, batch):
+        return label_loss("auto", batch.labels)(module(*batch.inputs), batch.labels)
+
+    def score(module):
+        with torch.no_grad():
+            losses.append(sum(float(objective(module, batch)) * len(batch.inputs[0]) for batch in feeder.held_out()))
+        states.append({key: value.clone() for key, value in module.state_dict().items()})
+        return next(metrics)
+
+    fitted = fit(net(), objective, options=options, feeder=feeder, context=ready, what="t", score=score, by_loss=True)
+    best = losses.index(min(losses))
+    assert best != 0
+    assert all(torch.equal(value, states[best][key]) for key, value in fitted.module.state_dict().items())
+
+
 # --- what can go wrong
 
 
