@@ -40,9 +40,12 @@ def test_what_ships_follows_from_what_was_measured(compiled):
     document = compiled[1].json
     rows = {row["name"]: row for row in document["candidates"]}
     shipped = next(row for row in document["candidates"] if row["shipped"])
-    faster = rows["compiled"]["p50_ms"][0] < rows["float"]["p50_ms"][0]
-    assert shipped["name"] == ("compiled" if faster else "float")
-    assert document["decision"]["reason"]
+    reason = document["decision"]["reason"]
+    assert shipped["name"] == ("compiled" if "and is faster than the float artifact" in reason else "float")
+    assert shipped["name"] == "compiled" or "is not faster than float" in reason
+    (_, low, high), (_, float_low, float_high) = rows["compiled"]["p50_ms"], rows["float"]["p50_ms"]
+    if high < float_low or low > float_high:  # else the busy machine that the tests run on decides
+        assert shipped["name"] == ("compiled" if high < float_low else "float")
 
 
 def test_every_pass_has_a_receipt(compiled):
