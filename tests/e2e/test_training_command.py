@@ -172,6 +172,7 @@ def test_the_bundle_carries_the_module_and_another_compile_takes_it(folder):
     assert json.loads(done.stdout)["candidates"][-1]["value"] > 0.8
 
 
+@pytest.mark.slow
 def test_a_transformer_is_trained_pruned_distilled_and_quantized_in_one_command(folder):
     (folder / "vit.py").write_text(TRANSFORMER)
     training = "epochs={} batch=64 optimizer=adamw lr=0.002 warmup=0.5"
