@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deploycc.passes._coupling_align import align, axes_of, first, only, result, spread, unite_vector
-from deploycc.passes._coupling_values import Factor, arguments
+from deploycc.passes._coupling_values import Factor, Value, arguments
 
 if TYPE_CHECKING:
     from torch import fx
@@ -32,6 +32,15 @@ def pooling(coupling: Coupling, node: fx.Node) -> Any:
     return spread(node, kept)
 
 
+def _together(coupling: Coupling, kept: list[Factor], vectors: list[Value | None]) -> None:
+    """Parameters of the channels go with them; where the channels stay, so do they."""
+    for vector in vectors:
+        if vector is not None and not kept:
+            coupling.labels.freeze(*vector.factors)
+        for factor in kept:
+            unite_vector(coupling, vector, factor)
+
+
 def channel_norm(coupling: Coupling, node: fx.Node) -> Any:
     """Batch and instance norm: parameters and statistics go with their channels. Labels of other axes pass (standardized weights)."""
     value = coupling.value(node.args[0])
@@ -39,11 +48,7 @@ def channel_norm(coupling: Coupling, node: fx.Node) -> Any:
         return None
     kept = [coupling.labels.project(factor, [1]) for factor in value.along(1)]
     vectors = [coupling.value(item) for item in node.args[1:5]]
-    for vector in vectors:
-        if vector is not None and not kept:
-            coupling.labels.freeze(*vector.factors)
-        for factor in kept:
-            unite_vector(coupling, vector, factor)
+    _together(coupling, kept, vectors)
     return spread(node, [*kept, *(factor for factor in value.factors if factor.shape[1] == 1)])
 
 
@@ -66,12 +71,7 @@ def group_norm(coupling: Coupling, node: fx.Node) -> Any:
     for factor in kept:
         rows = factor.reshape(groups, -1)
         coupling.labels.unite(rows, rows[:1])
-    for name in ("weight", "bias"):
-        vector = coupling.value(given[name])
-        if vector is not None and not kept:
-            coupling.labels.freeze(*vector.factors)
-        for factor in kept:
-            unite_vector(coupling, vector, factor)
+    _together(coupling, kept, [coupling.value(given[name]) for name in ("weight", "bias")])
     return result(node, kept)
 
 
@@ -120,8 +120,5 @@ def prelu(coupling: Coupling, node: fx.Node) -> Any:
         return None
     if slope.factors:
         kept = only(coupling, value, 1)
-        if not kept:
-            coupling.labels.freeze(*slope.factors)
-        for factor in kept:
-            unite_vector(coupling, slope, factor)
+        _together(coupling, kept, [slope])
     return result(node, value.factors)

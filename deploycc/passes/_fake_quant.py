@@ -38,7 +38,7 @@ AVERAGING = 0.01  # share of the newest batch in an observed step
 
 
 class _Rounded(torch.autograd.Function):
-    """The formulas above; `scale` broadcasts against `x`."""
+    """The formulas above; `scale` broadcasts against `x`. Overrides: torch declares these methods with any arguments."""
 
     generate_vmap_rule = True
 

@@ -132,7 +132,8 @@ def fit(
             run.finish(epoch, value, metric, merit(value))
             run.save(context.resume, epoch)
             if options.patience is not None and epoch - run.best_epoch >= options.patience:
-                run.note(f"stopped after epoch {epoch + 1}: {metric} has not risen for {options.patience} epochs")
+                stalled = "the held-out loss has not fallen" if by_loss else f"{metric} has not risen"
+                run.note(f"stopped after epoch {epoch + 1}: {stalled} for {options.patience} epochs")
                 break
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # mixed precision put a cast around forward
         vars(module).pop(name, None)
@@ -144,7 +145,8 @@ def fit(
             "no epoch was better than the start, whose weights are kept" if run.best_epoch < 0 else f"epoch {run.best_epoch + 1} is kept"
         )
         run.note(f"{better}: {told}")
-    usual_order(module)
+    if last:
+        usual_order(module)
     return Fitted(module.cpu().eval(), tuple(run.curves), tuple(run.notes))
 
 

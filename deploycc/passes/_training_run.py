@@ -76,7 +76,7 @@ class Run:
     def finish(self, epoch: int, value: float | None, metric: str, merit: float | None) -> None:
         """Keep the curves, and the weights if they are the best so far."""
         self.curves.append({"epoch": epoch + 1, "loss": self.loss, "lr": self.lr, "name": metric, "metric": value})
-        if merit is None or merit > self.best_score:
+        if merit is None or merit > self.best_score or not self.best:  # a loss that is NaN on the held-out samples is above nothing
             self.keep(epoch, -math.inf if merit is None else merit)
 
     def keep(self, epoch: int, score: float) -> None:
