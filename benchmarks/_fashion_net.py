@@ -9,7 +9,7 @@ from torch import nn
 from deploycc.runtime.transform import Transform
 
 TRANSFORM = Transform(resize=(28, 28), color="L", mean=(0.286,), std=(0.353,))
-WIDTHS = (32, 64, 128)
+WIDTHS = (64, 128)
 BLOCKS = 2
 
 
