@@ -148,13 +148,11 @@ def test_a_call_costs_little_more_than_onnxruntimes_own(tmp_path: Path):
     feeds = {"x": np.zeros((1, 4), np.float32)}
     bare = session._run
 
-    def fastest(call) -> float:
-        times = []
-        for _ in range(7):
-            begin = time.perf_counter_ns()
-            for _ in range(500):
-                call()
-            times.append((time.perf_counter_ns() - begin) / 500)
-        return min(times)
+    def seconds(call) -> float:
+        begin = time.perf_counter_ns()
+        for _ in range(200):
+            call()
+        return time.perf_counter_ns() - begin
 
-    assert fastest(lambda: session.run(feeds)) - fastest(lambda: bare(["y"], feeds)) < 5000
+    ours, theirs = zip(*((seconds(lambda: session.run(feeds)), seconds(lambda: bare(["y"], feeds))) for _ in range(25)), strict=True)
+    assert min(ours) < 2.5 * min(theirs)  # of the least call there is: a Relu of four numbers
