@@ -176,7 +176,22 @@ class Job:
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if self._sizes(at(middle))[index] <= budget else (middle + 1, high)
-        return at(low)
+        return self._given_back(at(low), index, budget) if options.scope == "group" else at(low)
+
+    def _given_back(self, counts: Sequence[int], index: int, budget: float) -> list[int]:
+        """What rounding all groups at once took too much, group by group while it fits the budget, the hardest pruned first."""
+        counts = list(counts)
+        may = {number for number, count in enumerate(counts) if count}
+        while may:
+            number = max(may, key=lambda other: (counts[other] / len(self.groups[other].classes), -other))
+            fewer = max(level for level in self.levels[number] if level < counts[number])
+            tried = [fewer if other == number else count for other, count in enumerate(counts)]
+            if self._sizes(tried)[index] > budget:
+                may.remove(number)
+            else:
+                counts = tried
+                may -= set() if fewer else {number}
+        return counts
 
     def _saved(self, number: int, index: int) -> float:
         """What one class of a group costs, measured by taking half of the group away."""
@@ -282,7 +297,7 @@ class Job:
         for step in range(1001):
             uniform = [_nearest(levels, step / 1000 * len(group.classes)) for group, levels in zip(self.groups, self.levels, strict=True)]
             if self._sizes(uniform)[0] <= budget:
-                return uniform
+                return self._given_back(uniform, 0, budget)
         return list(counts)
 
     def _try(self, counts: Sequence[int], *, proven: bool = False) -> Artifact | None:

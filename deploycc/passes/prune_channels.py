@@ -12,15 +12,17 @@ Give one goal:
     params   share of the parameters that stays
     latency  share of the latency that stays, measured on the target's own runtime, after the passes that follow in the pipeline
 
-For macs and params every group loses the same share (scope=group), or the least important channels per saved cost go first, wherever they
-are (scope=global). For latency a cost table is measured first: the model with one group shrunk to two widths, for every group, interleaved
-with the whole model. Channels then go in the order of
+For macs and params every group loses the same share (scope=group; what rounding to the multiple took too much is given back, group by
+group), or the least important channels per saved cost go first, wherever they are (scope=global).
+
+For latency a cost table is measured first: the model with one group shrunk to two widths, for every group, interleaved with the whole
+model. Channels then go in the order of
 
     importance / milliseconds saved · 1 / (share of the group that is left)
 
 and the candidate itself is measured and the budget moved, up to six times; the nearest is taken, its share told, and one that is more
-than 10 % above the goal refused. Channels are rounded to the target's
-`channel_multiple`. Importance and its sources: `_importance`. DepGraph (G. Fang et al., CVPR 2023) is where the coupling comes from.
+than 10 % above the goal refused. Channels are rounded to the target's `channel_multiple`. Importance and its sources: `_importance`.
+DepGraph (G. Fang et al., CVPR 2023) is where the coupling comes from.
 
 With steps over 1 the goal is reached in as many prunings, `recovery` epochs of distillation from the float reference after each but the
 last. The result is rebuilt without pickle from its source, a JSON plan and its weights.

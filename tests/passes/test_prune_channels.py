@@ -87,6 +87,12 @@ def test_a_budget_is_kept(goal, field, scope):
     json.dumps(after.details)
 
 
+@pytest.mark.parametrize(("macs", "kept"), [(0.5, [8, 24, 24]), (0.6, [8, 24, 32]), (0.8, [16, 16, 32])])
+def test_what_rounding_took_too_much_is_given_back(macs, kept):
+    after = PruneChannels(macs=macs)(artifact(), context(multiple=8))
+    assert [left for left, _ in after.details["kept"].values()] == kept  # of 16, 24 and 32; any 8 more are over the budget
+
+
 def test_a_ratio_is_that_share_of_each_group_or_of_all():
     after = PruneChannels(ratio=0.25)(artifact(), context())
     assert after.details["kept"] == {"stem": [12, 16], "a": [18, 24], "down": [24, 32]}
