@@ -32,6 +32,7 @@ from deploycc.core.observers import Announce, Dump, Verify
 from deploycc.core.pipeline import Pipeline, Step
 from deploycc.core.registry import FORMS
 from deploycc.core.store import Store, default_root
+from deploycc.core.timing import Profiles
 from deploycc.decision import COMPILED, EAGER, FLOAT, Attempt, Outcome, best, check_limits, decide
 from deploycc.errors import DataNeeded, Interrupted, MissingDependency, UsageError
 from deploycc.forms.module import example_feeds
@@ -40,6 +41,7 @@ from deploycc.package.manifest import AttemptRecord, Contents, LimitCheck, recor
 from deploycc.planning import Options, Plan, capture, command_line, declared_transform, find_source, plan
 from deploycc.sources._factory import find
 
+HARDLY_FASTER = 1.5  # times the float artifact's speed: below it, passes are asked for faster settings
 PROBES = 8  # real inputs that the bench takes turns over
 GOLDEN = 3
 
@@ -104,6 +106,9 @@ def compile(model: Any, options: Options, progress: Progress = silent) -> Compil
                 if attempts[-1].passed:
                     break
             bench = job.measure(parent, attempts)
+            for rung in _speed_ladder(attempts, bench):
+                attempts.append(job.attempt(rung))
+                bench = job.measure(parent, attempts)
         except KeyboardInterrupt:
             interrupted = True
         outcome = decide(planned, parent, attempts, bench, interrupted=interrupted)
@@ -154,7 +159,10 @@ def _context(planned: Plan, reference: Artifact, data: Data, options: Options, w
     context = Context(planned.target, reference, data, options.seed, work, progress, capture=another, code=code)
     if distributed.processes() > 1:  # each process would measure, and decide, for itself
         return context
-    return replace(context, timer=Timer(planned.backend, context) if planned.native else None)
+    if not planned.native:
+        return context
+    timer = Timer(planned.backend, context)
+    return replace(context, timer=timer, profiler=timer.profile if isinstance(planned.backend, Profiles) else None)
 
 
 def _prepare(preparation: Pipeline, context: Context, options: Options) -> Artifact:
@@ -187,6 +195,16 @@ def _ladder(pipeline: Pipeline) -> Iterator[Pipeline]:
     for index, step in enumerate(pipeline.steps):
         for stronger in step.body.alternatives():
             yield Pipeline((*pipeline.steps[:index], Step(stronger, step.asked), *pipeline.steps[index + 1 :]))
+
+
+def _speed_ladder(attempts: Sequence[Attempt], bench: BenchResult | None) -> Iterator[Pipeline]:
+    """The settings that its passes offer to be faster, while what would ship is hardly faster than the float artifact."""
+    if bench is None or not attempts or not best(attempts).passed or bench.ratio(COMPILED, FLOAT).value >= HARDLY_FASTER:
+        return
+    steps = best(attempts).pipeline.steps
+    for index, step in enumerate(steps):
+        for quicker in step.body.faster():
+            yield Pipeline((*steps[:index], Step(quicker, step.asked), *steps[index + 1 :]))
 
 
 class _Job:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, Violation
 from deploycc.core.target import Target
+from deploycc.core.timing import NodeTime
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -74,6 +78,33 @@ class OnnxRuntime:
         """The device's own session."""
         module = importlib.import_module(f"deploycc.runtime.sessions.{SESSION}")
         return module.open(built.folder / built.files[0], built.signature, built.runtime, threads)
+
+    def profile(self, built: Built, target: Target, feeds: Sequence[Mapping[str, np.ndarray]], *, runs: int) -> list[NodeTime]:
+        """ONNX Runtime's profiler, with the session's settings of a bundle."""
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = target.bench.threads
+        options.log_severity_level = 3
+        options.enable_profiling = True
+        with tempfile.TemporaryDirectory() as folder:
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = ort.InferenceSession(str(built.folder / built.files[0]), options, providers=["CPUExecutionProvider"])
+            for call in range(runs):
+                session.run(None, dict(feeds[call % len(feeds)]))
+            return _node_times(json.loads(Path(session.end_profiling()).read_text()))
+
+
+KERNEL = "_kernel_time"
+
+
+def _node_times(events: Sequence[Mapping[str, Any]]) -> list[NodeTime]:
+    """Of a profile's events, in the order of the first call."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith(KERNEL):
+            found.setdefault((event["name"].removesuffix(KERNEL), event["args"]["op_name"]), []).append(event["dur"] / 1e3)
+    return [NodeTime(name, operator, float(np.percentile(times, 25))) for (name, operator), times in found.items()]
 
 
 def integer_types(artifact: Artifact, target: Target) -> list[Violation]:

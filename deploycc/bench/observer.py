@@ -7,19 +7,20 @@ in the reference session, which leaves Q/DQ unfused: that would be the latency o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from deploycc.bench.accuracy import evaluate
 from deploycc.bench.harness import Candidate, measure
-from deploycc.core.artifact import Artifact, Form, Receipt
+from deploycc.core.artifact import Artifact, Feeds, Form, Receipt
 from deploycc.core.contract import Backend, Built, Context, Pass, Session
 from deploycc.core.data import paired_batches
 from deploycc.core.pipeline import Pipeline
 from deploycc.core.registry import FORMS
 from deploycc.core.target import Bench
+from deploycc.core.timing import NodeTime, Profiles
 from deploycc.forms.module import example_feeds
 from deploycc.runtime.measure import summarize, time_interleaved
 
@@ -29,6 +30,7 @@ TIMER_CALIBRATION = 8  # samples: ranges do not change a latency
 SECONDS = 0.25
 WARMUP_SECONDS = 0.05
 RUNS = 10
+PROFILE_ROUNDS, PROFILE_RUNS, PROFILED = 3, 20, 2  # turns, calls in each, inputs
 
 
 class Latency:
@@ -115,6 +117,23 @@ class Timer:
                 candidates.append(Candidate(name, self._opener(built), feeds))
             result = measure(candidates, settings=settings, seed=context.seed)
         return {item.name: item.p50_ms for item in result.measurements}
+
+    def profile(self, artifacts: Mapping[str, Artifact]) -> dict[str, list[NodeTime]]:
+        """Times of every operator, artifact by artifact, in turns. Raises what the backend raises."""
+        backend, context = self.backend, self.context
+        assert isinstance(backend, Profiles)  # the driver has looked
+        with ExitStack() as stack:
+            ready: list[tuple[str, Built, Sequence[Feeds]]] = []
+            for name, artifact in artifacts.items():
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=context.workdir)))
+                feeds = context.data.probe(artifact, PROFILED) or [example_feeds(artifact.signature)]
+                ready.append((name, backend.build(artifact, context.target, folder), feeds))
+            rounds = [
+                {name: backend.profile(built, context.target, feeds, runs=PROFILE_RUNS) for name, built, feeds in ready}
+                for _ in range(PROFILE_ROUNDS)
+            ]
+        turns = {name: zip(*(found[name] for found in rounds), strict=True) for name in artifacts}
+        return {name: [min(same, key=lambda node: node.milliseconds) for same in nodes] for name, nodes in turns.items()}
 
     def _opener(self, built: Built) -> Callable[[], Session]:
         return lambda: self.backend.open(built, self.context.target, threads=self.context.target.bench.threads)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from deploycc.core.artifact import Artifact, Form, ModelStats, Receipt, Signature
+from deploycc.core.timing import NodeTime
 from deploycc.errors import DeployError, PassError, PostconditionError, PreconditionError
 from deploycc.runtime.sessions import Session
 from deploycc.runtime.transform import Transform
@@ -72,6 +73,8 @@ class Context:
         capture: another model by the text that a user names it by (a teacher, a student). Raises SourceError and UsageError.
         timer: p50 latencies in ms of modules, by name, built for the target after the passes that follow; None where this machine
             is not the target's.
+        profiler: times operator by operator of artifacts built for the target as they are; None where this machine is not the target's,
+            or its runtime does not tell.
         code: a function of the user's by `file.py:name`.
         following: the passes after this one, as text and for `timer`.
         resume: a folder that outlives a killed run, of this pass on this input; None without a store.
@@ -85,6 +88,7 @@ class Context:
     progress: Progress = silent
     capture: Callable[[str], Artifact] | None = None
     timer: Callable[[Mapping[str, Artifact], Pipeline], dict[str, float]] | None = None
+    profiler: Callable[[Mapping[str, Artifact]], dict[str, list[NodeTime]]] | None = None
     code: Callable[[str], Any] | None = None
     following: Pipeline | None = None
     resume: Path | None = None
@@ -159,6 +163,10 @@ class Pass(ABC):
 
     def alternatives(self) -> tuple[Pass, ...]:
         """Stronger settings of this pass to try when the accuracy gate refuses its result, cheap to dear."""
+        return ()
+
+    def faster(self) -> tuple[Pass, ...]:
+        """Settings to try when what ships is hardly faster than the float artifact, cheap to dear."""
         return ()
 
     def __call__(self, artifact: Artifact, context: Context) -> Artifact:

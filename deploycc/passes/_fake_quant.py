@@ -205,11 +205,15 @@ class Bias(nn.Module):
 
 
 class Through(nn.Module):
-    """In place of DequantizeLinear after a fake quantization: its first input."""
+    """In place of DequantizeLinear after a fake quantization: its first input, times `factor` where it reads the codes in another scale."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
 
     def forward(self, x: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
-        """As it is."""
-        return x
+        """As it is, but for the factor."""
+        return x if self.factor == 1 else x * self.factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,10 +244,12 @@ def sites(graph: ir.Graph, *, reduce_range: bool, steps: Steps = "calibrated") -
             scale, zero = _name(node.inputs[1]), array(node.inputs[2])
             limits = np.iinfo(zero.dtype)
             if scale not in activations:
-                activations[scale] = Activation(array(node.inputs[1]), int(zero), (int(limits.min), int(limits.max)), steps)
+                fixed = any(factor != 1 for factor in _factors(node).values())  # the codes of a gate end where its clip does
+                bounds = (int(limits.min), int(limits.max))
+                activations[scale] = Activation(array(node.inputs[1]), int(zero), bounds, "calibrated" if fixed else steps)
             modules[node.name or ""] = activations[scale]
-        elif node.op_type == "DequantizeLinear" and _maker(node.inputs[0], "QuantizeLinear"):
-            modules[node.name or ""] = Through()
+        elif node.op_type == "DequantizeLinear" and (made := _maker(node.inputs[0], "QuantizeLinear")):
+            modules[node.name or ""] = Through(_factors(made).get(node.name or "", 1.0))
         elif _reader(node, 1) is not None:
             weights[node.name or ""] = _weights(node, 63 if reduce_range else 127, steps)
     for node in graph:
@@ -253,6 +259,13 @@ def sites(graph: ir.Graph, *, reduce_range: bool, steps: Steps = "calibrated") -
         if weight is not None and weight.name in weights and scale is not None:
             biases[node.name or ""] = Bias(torch.from_numpy(dequantized(node).copy()), scale, weights[weight.name])
     return Sites({**modules, **weights, **biases}, activations, weights, biases)
+
+
+def _factors(node: ir.Node) -> dict[str, float]:
+    """The readers of a QuantizeLinear that have a scale of their own → that scale, in steps of the quantizer's."""
+    readers = [reader for reader in node.outputs[0].consumers() if reader.op_type == "DequantizeLinear"]
+    others = [reader for reader in readers if _name(reader.inputs[1]) != _name(node.inputs[1])]
+    return {reader.name or "": float(array(reader.inputs[1]).max() / array(node.inputs[1])) for reader in others}
 
 
 def _weights(node: ir.Node, most: int, steps: Steps) -> Weights:
@@ -299,10 +312,16 @@ def dequantized(node: ir.Node) -> np.ndarray:
 
 def write_back(graph: ir.Graph, found: Sites) -> None:
     """Put what was trained into the same graph, in place (give it a clone): codes and scales; no node changes."""
+    quantizers = [node for node in graph if node.op_type == "QuantizeLinear"]
+    factors = {name: factor for node in quantizers for name, factor in _factors(node).items()}
     for node in graph:
         activation = found.activations.get(_name(node.inputs[1])) if node.op_type == "QuantizeLinear" else None
-        if activation is not None:  # its DequantizeLinear reads the same initializer
+        if activation is not None:  # most of its readers have the same initializer
             _set(node.inputs[1], activation.step().detach().cpu().numpy())
+        if node.op_type == "DequantizeLinear" and node.name in factors:
+            quantizer = _maker(node.inputs[0], "QuantizeLinear")
+            own = array(node.inputs[1])
+            _set(node.inputs[1], np.full(own.shape, factors[node.name] * array(quantizer.inputs[1] if quantizer else None)))
         made = found.weights.get(node.name or "") or found.biases.get(node.name or "")
         if made is not None:
             _set(node.inputs[0], made.codes())

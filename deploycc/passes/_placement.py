@@ -8,12 +8,16 @@ Rules for ONNX Runtime's CPU kernels:
 3. Light operators with integer kernels (Add, Mul, pooling, Concat, Sigmoid …) run in integers when all that flows into
    them is already integer and something integer reads the result. Otherwise Q/DQ around them costs more than it saves.
 4. Operators that only move values (MaxPool, Reshape, Transpose …) do too, and their output shares the scale of their input.
-5. A Gemm or MatMul whose result nothing integer reads gives float directly: no rounding of logits.
+5. HardSwish and HardSigmoid do too, as an Add whose saturation is the clip, and a Mul (`_gates`). Only with an asymmetric activation type.
+6. What rules 1 to 5 give may still be slower than float; islands=measured looks (`_islands`).
+7. A Gemm or MatMul whose result nothing integer reads gives float directly: no rounding of logits.
+8. A Conv, ConvTranspose or Gemm that stays in float reads a DQ of its own, with its scale repeated for every channel. Behind a DQ with
+   one scale the runtime (WeightBiasQuantization, seen in 1.32) rounds the float weights to int8, with one scale for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
 HEAVY = frozenset({"Conv", "Gemm", "MatMul"})
 LIGHT = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "Concat", "Sigmoid", "LeakyRelu"})
+GATES = frozenset({"HardSwish", "HardSigmoid"})
 MOVING = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
 FLOAT_ONLY = {
     "ConvTranspose": "ONNX Runtime has no integer ConvTranspose on the CPU",
@@ -46,8 +51,8 @@ class Placement:
     left_float: tuple[tuple[str, str], ...]
 
 
-def place(model: ir.Model, *, skip: frozenset[str], fold_activations: bool) -> Placement:
-    """Apply the rules above. `skip` names operators to leave in float; `fold_activations` is rule 2."""
+def place(model: ir.Model, *, skip: Mapping[str, str], fold_activations: bool) -> Placement:
+    """Apply the rules above. `skip`: operators to leave in float, with the reason; `fold_activations` is rule 2."""
     graph = model.graph
     integer: set[str] = set()
     left: list[tuple[str, str]] = []
@@ -77,10 +82,10 @@ def is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and not value.is_graph_input()
 
 
-def _obstacle(node: ir.Node, skip: frozenset[str]) -> str | None:
+def _obstacle(node: ir.Node, skip: Mapping[str, str]) -> str | None:
     """Why a heavy operator cannot run in integers, or None."""
     if _name(node) in skip:
-        return "left out by skip="
+        return skip[_name(node)]
     if node.op_type in FLOAT_ONLY:
         return FLOAT_ONLY[node.op_type]
     if node.op_type not in HEAVY:
@@ -128,12 +133,13 @@ def activations(node: ir.Node) -> Iterator[ir.Value]:
             yield value
 
 
-def _spread(graph: ir.Graph, integer: set[str], skip: frozenset[str], fold: bool) -> None:
+def _spread(graph: ir.Graph, integer: set[str], skip: Collection[str], fold: bool) -> None:
     """Rules 3 and 4, forward: an operator joins when all that flows into it is integer."""
     given = {id(result(node, fold)) for node in graph if _name(node) in integer and node.op_type != "MatMul"}
     for node in graph:  # in topological order, so one sweep is enough
-        joins = node.domain == "" and node.op_type in LIGHT | MOVING and _name(node) not in skip
-        if not joins or any(not _float_constant(value) for value in node.inputs if node.op_type in LIGHT and is_constant(value)):
+        light = LIGHT | GATES if fold else LIGHT
+        joins = node.domain == "" and node.op_type in light | MOVING and _name(node) not in skip
+        if not joins or any(not _float_constant(value) for value in node.inputs if node.op_type in light and is_constant(value)):
             continue
         flowing = list(activations(node))
         if flowing and all(id(value) in given for value in flowing):
@@ -165,7 +171,7 @@ def _leaders(graph: ir.Graph, integer: set[str], fold: bool) -> dict[str, str]:
             leaders.setdefault(value.name or "", value.name or "")
         out = result(node, fold)
         if node.op_type in ("Gemm", "MatMul") and not _read_by_integer(out, integer):
-            continue  # rule 5
+            continue  # rule 7
         source = next(activations(node))
         moved = node.op_type in MOVING
         leaders[out.name or ""] = leaders[source.name or ""] if moved else (out.name or "")

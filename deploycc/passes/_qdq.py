@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deploycc.core.target import Quant
+from deploycc.passes._gates import shift
 from deploycc.passes._placement import HEAVY, Placement, activations, is_constant
 from deploycc.passes._rounding import round_keeping_sums
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 BIAS_LIMIT = 2.0**30  # half of int32's range: the accumulator adds the products on top
 FEW_CHANNELS = 4  # a kernel over at most so many input channels sees much the same value at every tap
 JUDGED_WEIGHTS = 2048  # of a channel, when its scale is chosen: enough for a mean error, and a large layer stays quick
+REQUANTIZED = frozenset({"Conv", "ConvTranspose", "Gemm"})  # ONNX Runtime quantizes their float weights behind a DQ of one scale
 CLIP_SHARES = np.linspace(1.0, 0.6, 41)
 
 
@@ -32,6 +34,7 @@ class Scale:
 
     scale: np.float32
     zero_point: np.ndarray  # scalar of the activation's dtype
+    before: np.float32 | None = None  # what is quantized has another scale than what is read (`_gates`)
 
 
 def activation_scale(low: float, high: float, quant: Quant) -> Scale:
@@ -45,6 +48,13 @@ def activation_scale(low: float, high: float, quant: Quant) -> Scale:
     scale = np.float32((high - low) / (limits.max - limits.min) or 1.0)
     zero = np.clip(np.rint(limits.min - low / float(scale)), limits.min, limits.max)
     return Scale(scale, np.array(zero, kind))
+
+
+def gate_scale(alpha: float, quant: Quant) -> Scale:
+    """Parameters for a gate with range [0, 1], quantized before it is multiplied by `alpha`."""
+    limits = np.iinfo(np.dtype(quant.activations))
+    step = 1 / (limits.max - limits.min)
+    return Scale(np.float32(step), np.array(limits.min, limits.dtype), before=np.float32(step / alpha))
 
 
 def weight_scales(weight: np.ndarray, axis: int | None, most: int, *, clip: bool) -> np.ndarray:
@@ -104,9 +114,12 @@ class Writer:
             if node.op_type in HEAVY:
                 self._parameters(node)
             else:
-                self._constants(node)
+                self._constants(self._as_add(node) if node.op_type == "HardSigmoid" else node)
         for value in self._values():
             self._activation(value)
+        for node in self.graph:
+            if node.op_type in REQUANTIZED and node.name not in self.integer:
+                self._keep_float(node)
 
     def _values(self) -> list[ir.Value]:
         """The quantized tensors in graph order."""
@@ -130,11 +143,12 @@ class Writer:
         name, leader = value.name or "", self.placement.leaders[value.name or ""]
         found = self.scales[leader]
         scale = self._initializer(f"{leader}_scale", np.asarray(found.scale))
+        before = scale if found.before is None else self._initializer(f"{leader}_scale_before", np.asarray(found.before))
         zero = self._initializer(f"{leader}_zero_point", found.zero_point)
         producer = value.producer()
         made_by_integer = producer is not None and self._is_integer_result(producer)
         readers = [(node, index) for node, index in value.uses() if made_by_integer or self._reads(node, value)]
-        quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}_QuantizeLinear")
+        quantize = ir.node("QuantizeLinear", [value, before, zero], name=f"{name}_QuantizeLinear")
         quantize.outputs[0].name = f"{name}_quantized"
         dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{name}_DequantizeLinear")
         out = dequantize.outputs[0]
@@ -147,6 +161,25 @@ class Writer:
             node.replace_input_with(index, out)
         if made_by_integer and value.is_graph_output():
             self._take_over_output(value, out)
+
+    def _keep_float(self, node: ir.Node) -> None:
+        """Give a float operator that reads integers a DQ of its own, with one (equal) scale per channel: rule 8."""
+        import onnx_ir as ir
+
+        source, weight = node.inputs[0], node.inputs[1]
+        found = source.producer() if source is not None else None
+        if source is None or weight is None or weight.const_value is None or found is None or found.op_type != "DequantizeLinear":
+            return
+        channels = _input_channels(node, weight.const_value.shape)
+        inputs = [found.inputs[0]]
+        for kind, value in (("scale", found.inputs[1]), ("zero_point", found.inputs[2])):
+            if value is None or value.const_value is None:
+                return
+            inputs.append(self._initializer(f"{node.name}_{kind}", np.full(channels, value.const_value.numpy())))
+        own = ir.node("DequantizeLinear", inputs, {"axis": 1}, name=f"{node.name}_DequantizeLinear")
+        own.outputs[0].name, own.outputs[0].type, own.outputs[0].shape = f"{node.name}_dequantized", source.type, source.shape
+        self.graph.insert_before(node, own)
+        node.replace_input_with(0, own.outputs[0])
 
     def _take_over_output(self, value: ir.Value, out: ir.Value) -> None:
         """The graph's output becomes the dequantized value, under its old name."""
@@ -252,6 +285,15 @@ class Writer:
         kernels = steps.reshape(steps.shape[0] * steps.shape[1], -1)
         return round_keeping_sums(kernels, most).reshape(steps.shape)
 
+    def _as_add(self, node: ir.Node) -> ir.Node:
+        """The Add that stands for a HardSigmoid (`_gates`)."""
+        import onnx_ir as ir
+
+        constant = self._initializer(f"{node.name}_shift", shift(node))
+        add = ir.node("Add", [node.inputs[0], constant], name=node.name)
+        ir.convenience.replace_nodes_and_values(self.graph, node, [node], [add], node.outputs, add.outputs)
+        return add
+
     def _constants(self, node: ir.Node) -> None:
         """A constant operand of a light operator, as the activations' type, per tensor."""
         import onnx_ir as ir
@@ -275,6 +317,14 @@ class Writer:
             dq.outputs[0].name = f"{stem}_dequantized"
             self.graph.insert_before(node, dq)
             node.replace_input_with(index, dq.outputs[0])
+
+
+def _input_channels(node: ir.Node, weight: Any) -> int:
+    """How many channels a Conv, ConvTranspose or Gemm reads."""
+    if node.op_type == "Gemm":
+        return int(weight[1 - _channel_axis(node)])
+    group = node.attributes["group"].as_int() if "group" in node.attributes else 1
+    return int(weight[0] if node.op_type == "ConvTranspose" else weight[1] * group)
 
 
 def _channel_axis(node: ir.Node) -> int:

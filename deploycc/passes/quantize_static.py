@@ -8,10 +8,10 @@ Types, symmetry, per-channel and reduce_range come from the target's [quant].
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deploycc.passes._placement import Placement
     from deploycc.passes._ranges import Histogram, Mean
 
+LEAST_GAIN = 0.03  # of the time, for which integers are undone
 LEAST_OPSET = 13  # DequantizeLinear gained `axis` (per-channel scales)
 
 
@@ -39,6 +40,8 @@ class QuantizeStatic(Pass):
         keep_sums: round kernels over few channels so that the sum of their taps survives.
         correct_bias: take the mean error that rounding the weights makes out of the biases.
         skip: names of operators to leave in float.
+        islands: keep = integers wherever the rules allow them; measured = what the clock says is faster in float is put back, on the
+            target's own machine only. Another compile may then choose otherwise.
     """
 
     name: ClassVar[str] = "quantize-static"
@@ -53,10 +56,16 @@ class QuantizeStatic(Pass):
     keep_sums: bool = True
     correct_bias: bool = True
     skip: tuple[str, ...] = ()
+    islands: Literal["keep", "measured"] = "keep"
 
     def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile is {self.percentile}: it must be over 50 and at most 100")
+
+    @property
+    def looks_ahead(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What is faster depends on the passes after this one."""
+        return self.islands == "measured"
 
     def requires(self, artifact: Artifact, context: Context) -> None:
         """Q/DQ needs opset 13, the target an integer activation type, the skip list operators that exist."""
@@ -76,29 +85,69 @@ class QuantizeStatic(Pass):
         names = {node.name for node in artifact.model.graph}
         if missing := [name for name in self.skip if name not in names]:
             raise UnknownName(f"skip: the graph has no operator '{missing[0]}'", fix="`deploycc inspect MODEL.onnx` lists the operators")
+        if self.islands == "measured" and (context.profiler is None or context.timer is None or context.following is None):
+            raise PreconditionError(
+                f"islands=measured needs the times of operators on target '{context.target.name}', which this machine cannot give",
+                fix="leave islands out, or compile on the target's own machine, in one process",
+            )
         context.data.part("calibration")  # raises DataNeeded before anything slow
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
-        """Place, calibrate, write."""
+        """Place, calibrate, write; with islands=measured, time what came out, and write again."""
         from deploycc.forms._macs import infer_shapes
-        from deploycc.passes import _qdq
         from deploycc.passes._linear import write_products
-        from deploycc.passes._placement import place
         from deploycc.passes._tidy import complete_names
 
-        quant = context.target.quant
         model = infer_shapes(artifact.model)
         complete_names(model)
         write_products(model.graph, self.skip)
-        placement = place(model, skip=frozenset(self.skip), fold_activations=not quant.activation_symmetric)
+        job = _Job(self, artifact, context, model)
+        whole = job.write({})
+        return whole if self.islands == "keep" else job.without_islands(whole)
+
+    def faster(self) -> tuple[Pass, ...]:
+        """Islands undone by measurement."""
+        return () if self.islands == "measured" else (replace(self, islands="measured"),)
+
+    def alternatives(self) -> tuple[Pass, ...]:
+        """The other ways to choose ranges, cheap to dear."""
+        return tuple(replace(self, calibration=method) for method in ("mse", "percentile", "entropy") if method != self.calibration)
+
+
+class _Job:
+    """One run of the pass: statistics once, and as many graphs as are asked for.
+
+    `model` is the float graph that is quantized, a clone; it is not changed.
+    """
+
+    def __init__(self, options: QuantizeStatic, artifact: Artifact, context: Context, model: ir.Model) -> None:
+        self.options, self.artifact, self.context, self.model = options, artifact, context, model
+        self.quant = context.target.quant
+        self.method = options.calibration or self.quant.calibration
+        self._statistics: tuple[dict[str, Histogram], dict[str, np.ndarray]] | None = None
+
+    def write(self, more: Mapping[str, str]) -> Artifact:
+        """The quantized graph, with the operators of skip= and `more` (name → reason) left in float."""
+        from deploycc.forms.onnx import clone
+        from deploycc.passes import _qdq
+        from deploycc.passes._gates import gate_outputs, split_hard_swish
+        from deploycc.passes._placement import place
+
+        quant, options = self.quant, self.options
+        model = clone(self.model)
+        skip = {**more, **dict.fromkeys(options.skip, "left out by skip=")}
+        placement = place(model, skip=skip, fold_activations=not quant.activation_symmetric)
         if not placement.nodes:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in placement.left_float[:3]) or "it has no Conv, Gemm or MatMul"
             raise NothingToDo(f"quantize-static finds nothing to quantize ({reasons})", fix="use quantize-dynamic, or leave it out")
-        method = self.calibration or quant.calibration
-        histograms, means = self._calibrate(model, placement, artifact, context, method)
-        levels = 256 if quant.activations in ("uint8", "int8") else 65536
-        scales = {name: _qdq.activation_scale(*self._range(method, item, levels), quant) for name, item in histograms.items()}
-        how = _qdq.How(self.clip_weights, self.keep_sums, self.correct_bias)
+        if self._statistics is None:
+            self._statistics = self._calibrate(placement)
+        histograms, means = self._statistics
+        ranges = {name: self._range(histograms[name]) for name in dict.fromkeys(placement.leaders.values())}
+        placement = split_hard_swish(model.graph, placement)
+        scales = {name: _qdq.activation_scale(*found, quant) for name, found in ranges.items()}
+        scales |= {name: _qdq.gate_scale(alpha, quant) for name, alpha in gate_outputs(model.graph, placement).items()}
+        how = _qdq.How(options.clip_weights, options.keep_sums, options.correct_bias)
         _qdq.Writer(model.graph, placement, scales, means, quant, how).write()
         _clean(model)
         info = QuantInfo(
@@ -107,34 +156,65 @@ class QuantizeStatic(Pass):
             activations=quant.activations,
             per_channel=quant.per_channel,
             reduce_range=quant.reduce_range,
-            calibration=method,
+            calibration=self.method,
             left_float=placement.left_float,
         )
-        notes = [f"{len(placement.nodes)} operators in integers, {len(histograms)} activation ranges from {method} calibration"]
+        notes = [f"{len(placement.nodes)} operators in integers, {len(ranges)} activation ranges from {self.method} calibration"]
         notes += [f"left in float: {node}: {reason}" for node, reason in placement.left_float]
-        return artifact.evolve(model, quant=info, notes=tuple(notes))
+        return self.artifact.evolve(model, quant=info, notes=tuple(notes))
 
-    def alternatives(self) -> tuple[Pass, ...]:
-        """The other ways to choose ranges, cheap to dear."""
-        return tuple(replace(self, calibration=method) for method in ("mse", "percentile", "entropy") if method != self.calibration)
+    def without_islands(self, whole: Artifact) -> Artifact:
+        """`whole` with the parts in float that the clock says are faster so, or as it is."""
+        from deploycc.passes._islands import assign, segments
 
-    def _range(self, method: str, histogram: Histogram, levels: int) -> tuple[float, float]:
+        context, artifact = self.context, self.artifact
+        assert context.profiler is not None  # `requires` has looked
+        entry = sum(int(np.prod([size if isinstance(size, int) else 1 for size in spec.shape])) for spec in artifact.signature.inputs)
+        parts = segments(self.model.graph)
+        found = assign(parts, context.profiler({"float": artifact, "int8": whole}), entry)
+        names = ("float", "in integers", "as assigned")
+        told = ", ".join(f"{value:.3f} ms {name}" for value, name in zip(found.predicted, names, strict=True))
+        facts = {"predicted_ms": dict(zip(names, found.predicted, strict=True)), "float_nodes": list(found.float_nodes)}
+
+        def noted(result: Artifact, text: str, **more: Any) -> Artifact:
+            notes = (*result.notes, f"islands, {len(parts)} segments: {told}; {text}")
+            return replace(result, notes=notes, details={**result.details, "islands": {**facts, **more}})
+
+        if not found.float_nodes:
+            return noted(whole, "no part is faster in float")
+        try:
+            mixed = self.write(dict.fromkeys(found.float_nodes, "measured: faster in float"))
+        except NothingToDo:
+            return noted(whole, "every part is faster in float")
+        times = context.latency({"whole": whole, "mixed": mixed})
+        share = times["mixed"] / times["whole"]
+        told = f"{told}; with {len(found.float_nodes)} operators in float {share:.2f} of the time was measured"
+        return (
+            noted(mixed, "kept so", measured_ms=times)
+            if share < 1 - LEAST_GAIN
+            else noted(whole, "all kept in integers", measured_ms=times)
+        )
+
+    def _range(self, histogram: Histogram) -> tuple[float, float]:
         from deploycc.passes._ranges import choose
 
-        return choose(method, histogram, levels=levels, percent=self.percentile)
+        levels = 256 if self.quant.activations in ("uint8", "int8") else 65536
+        return choose(self.method, histogram, levels=levels, percent=self.options.percentile)
 
-    def _calibrate(
-        self, model: ir.Model, placement: Placement, artifact: Artifact, context: Context, method: str
-    ) -> tuple[dict[str, Histogram], dict[str, np.ndarray]]:
+    def _calibrate(self, placement: Placement) -> tuple[dict[str, Histogram], dict[str, np.ndarray]]:
         """Run the float graph over the calibration samples: a histogram per range, the channel means of what heavy operators read."""
         from deploycc.passes._placement import weighted_inputs
         from deploycc.passes._ranges import Histogram, Mean
 
-        histograms = {name: Histogram(keep_counts=method not in ("minmax", "moving-average")) for name in placement.leaders.values()}
-        means = {name: Mean(axis) for name, axis in weighted_inputs(model.graph, placement).items()} if self.correct_bias else {}
+        context, artifact = self.context, self.artifact
+        # Where islands may be undone, a tensor that another leads may come to lead itself.
+        ranged = dict.fromkeys(placement.leaders if self.options.islands == "measured" else placement.leaders.values())
+        histograms = {name: Histogram(keep_counts=self.method not in ("minmax", "moving-average")) for name in ranged}
+        weighted = weighted_inputs(self.model.graph, placement) if self.options.correct_bias else {}
+        means = {name: Mean(axis) for name, axis in weighted.items()}
         names = list(dict.fromkeys([*histograms, *means]))
         total = len(context.data.part("calibration"))
-        run = _tapped(model, names)
+        run = _tapped(self.model, names)
         for done, feeds in enumerate(context.data.calibration(artifact), 1):
             artifact.signature.check(feeds)
             for name, values in zip(names, run(feeds), strict=True):

@@ -4,8 +4,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from onnx import helper
+from test_quantize_static import context, make, outputs, tensor
 
-from deploycc.passes._fake_quant import Activation, Bias, Weights, array, fake_quantize
+from deploycc.passes._fake_quant import Activation, Bias, Weights, array, fake_quantize, sites, write_back
+from deploycc.passes._onnx_torch import OnnxModule
+from deploycc.passes.quantize_static import QuantizeStatic
 
 
 def test_the_forward_is_numpys_rounding_half_to_even():
@@ -89,3 +93,33 @@ def test_biases_are_rounded_to_the_products_of_both_scales():
 def test_a_scale_that_is_computed_is_refused():
     with pytest.raises(ValueError, match="s is not constant"):
         array(ir.Value(name="s"))
+
+
+def test_readers_with_a_scale_of_their_own_keep_their_factor():
+    """A gate's codes are read with another scale, and a float operator's with the same one for every channel."""
+    artifact = make(
+        [
+            helper.make_node("Conv", ["x", "w1"], ["c"], "conv1"),
+            helper.make_node("HardSwish", ["c"], ["h"], "gate"),
+            helper.make_node("Conv", ["h", "w2"], ["d"], "conv2"),
+            helper.make_node("Conv", ["d", "w3"], ["e"], "middle"),
+            helper.make_node("Conv", ["e", "w4"], ["y"], "conv4"),
+        ],
+        [tensor("w1", 8, 3, 1, 1, scale=3), tensor("w2", 8, 8, 1, 1), tensor("w3", 8, 8, 1, 1), tensor("w4", 4, 8, 1, 1)],
+    )
+    ctx = context(artifact)
+    quantized = QuantizeStatic(skip=("middle",))(artifact, ctx)
+    found = sites(quantized.model.graph, reduce_range=False, steps="learned")
+    assert not found.activations["gate_gate_scale_before"].learned  # its codes end where the clip does
+    net = OnnxModule(quantized.model, found.modules)
+    feeds = list(ctx.data.calibration(artifact))
+    with torch.no_grad():
+        got = np.concatenate([net(torch.from_numpy(item["x"]))[0].numpy() for item in feeds])
+    np.testing.assert_allclose(got, outputs(quantized, feeds), atol=1e-4 * np.abs(got).max())
+    with torch.no_grad():
+        found.activations["d_scale"].scale.mul_(2)
+    write_back(quantized.model.graph, found)
+    values = {name: value.const_value.numpy() for name, value in quantized.model.graph.initializers.items()}
+    np.testing.assert_allclose(values["middle_scale"], np.full(8, values["d_scale"]))
+    assert values["gate_gate_scale"] == pytest.approx(1 / 255)
+    assert values["gate_gate_scale_before"] == pytest.approx(6 / 255)
