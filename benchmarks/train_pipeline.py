@@ -286,6 +286,21 @@ def bars(rows: Sequence[Mapping[str, Any]], seeds: int) -> list[dict[str, Any]]:
     ]
 
 
+def _latencies(found: Mapping[str, Any]) -> list[list[str]]:
+    """Shares of the parent's latency."""
+    return [
+        [
+            kind,
+            f"{facts['latency']['asked']:g}",
+            f"{facts['latency']['measured']:.3f}",
+            f"{facts['latency']['by_macs_alone']['measured']:.3f}",
+            f"{facts['macs'][0] / facts['macs'][1]:.0%}",
+        ]
+        for kind, facts in found.items()
+        if facts
+    ]
+
+
 def _page(document: Mapping[str, Any], bench: BenchResult) -> str:
     lines = [
         [
@@ -314,6 +329,8 @@ def _page(document: Mapping[str, Any], bench: BenchResult) -> str:
             f"`{document['prune']}`, then `{document['training']}`; 10,000 test images, paired with the float model's answers.",
             table(header, lines),
             table(["bar", "measured", "asked", "met"], verdicts),
+            "`prune-channels{latency=0.5}` by its own measurement, and as many MACs by one share of every group (timed only, not trained):",
+            table(["of", "asked", "by measured costs", "by MACs alone", "MACs left"], _latencies(document["latency"])),
             "\n".join(f"- {warning}" for warning in bench.warnings()) or "The times show no sign of trouble.",
         ]
     )
