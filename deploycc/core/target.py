@@ -53,7 +53,7 @@ class Quant(_Table):
     per_channel: bool = True
     reduce_range: bool = False
     channel_multiple: int = Field(default=1, ge=1, description="what channel pruning rounds to")
-    calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy"] = "minmax"
+    calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy", "octav", "output-mse"] = "minmax"
     sparsity: Literal["none", "2:4", "unstructured"] = Field(default="none", description="zeros in weights that a kernel skips")
 
 

@@ -22,6 +22,7 @@ from deploycc.errors import DataError, NothingToDo, PreconditionError, UnknownNa
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from deploycc.passes._consumers import Outputs
     from deploycc.passes._placement import Placement
     from deploycc.passes._ranges import Histogram, Mean
 
@@ -50,7 +51,7 @@ class QuantizeStatic(Pass):
     decided_by: ClassVar[frozenset[str]] = frozenset({"quant"})
     reads: ClassVar[frozenset[str]] = frozenset({"calibration"})
 
-    calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy"] | None = None
+    calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy", "octav", "output-mse"] | None = None
     percentile: float = 99.99
     clip_weights: bool = True
     keep_sums: bool = True
@@ -111,7 +112,7 @@ class QuantizeStatic(Pass):
 
     def alternatives(self) -> tuple[Pass, ...]:
         """The other ways to choose ranges, cheap to dear."""
-        return tuple(replace(self, calibration=method) for method in ("mse", "percentile", "entropy") if method != self.calibration)
+        return tuple(replace(self, calibration=method) for method in ("mse", "percentile", "output-mse") if method != self.calibration)
 
 
 class _Job:
@@ -125,6 +126,8 @@ class _Job:
         self.quant = context.target.quant
         self.method = options.calibration or self.quant.calibration
         self._statistics: tuple[dict[str, Histogram], dict[str, np.ndarray]] | None = None
+        self._outputs: Outputs | None = None
+        self._ranges: dict[str, tuple[float, float]] = {}
 
     def write(self, more: Mapping[str, str]) -> Artifact:
         """The quantized graph, with the operators of skip= and `more` (name → reason) left in float."""
@@ -143,7 +146,7 @@ class _Job:
         if self._statistics is None:
             self._statistics = self._calibrate(placement)
         histograms, means = self._statistics
-        ranges = {name: self._range(histograms[name]) for name in dict.fromkeys(placement.leaders.values())}
+        ranges = {name: self._range(name, histograms[name]) for name in dict.fromkeys(placement.leaders.values())}
         placement = split_hard_swish(model.graph, placement)
         scales = {name: _qdq.activation_scale(*found, quant) for name, found in ranges.items()}
         scales |= {name: _qdq.gate_scale(alpha, quant) for name, alpha in gate_outputs(model.graph, placement).items()}
@@ -195,14 +198,22 @@ class _Job:
             else noted(whole, "all kept in integers", measured_ms=times)
         )
 
-    def _range(self, histogram: Histogram) -> tuple[float, float]:
+    def _range(self, name: str, histogram: Histogram) -> tuple[float, float]:
+        """Of one tensor, chosen once: the graph may be written twice."""
         from deploycc.passes._ranges import choose
 
         levels = 256 if self.quant.activations in ("uint8", "int8") else 65536
-        return choose(self.method, histogram, levels=levels, percent=self.options.percentile)
+        if name not in self._ranges:
+            if self._outputs is not None:
+                self.context.progress("ranges", len(self._ranges), None)
+                self._ranges[name] = self._outputs.range(name, histogram, levels)
+            else:
+                self._ranges[name] = choose(self.method, histogram, levels=levels, percent=self.options.percentile)
+        return self._ranges[name]
 
     def _calibrate(self, placement: Placement) -> tuple[dict[str, Histogram], dict[str, np.ndarray]]:
         """Run the float graph over the calibration samples: a histogram per range, the channel means of what heavy operators read."""
+        from deploycc.passes._consumers import watch
         from deploycc.passes._placement import weighted_inputs
         from deploycc.passes._ranges import Histogram, Mean
 
@@ -212,12 +223,16 @@ class _Job:
         histograms = {name: Histogram(keep_counts=self.method not in ("minmax", "moving-average")) for name in ranged}
         weighted = weighted_inputs(self.model.graph, placement) if self.options.correct_bias else {}
         means = {name: Mean(axis) for name, axis in weighted.items()}
-        names = list(dict.fromkeys([*histograms, *means]))
         total = len(context.data.part("calibration"))
+        if self.method == "output-mse":
+            self._outputs = watch(self.model.graph, placement, total, context.seed)
+        sources = [reader.source for reader in self._outputs.found] if self._outputs else []
+        names = list(dict.fromkeys([*histograms, *means, *sources]))
         run = _tapped(self.model, names)
         for done, feeds in enumerate(context.data.calibration(artifact), 1):
             artifact.signature.check(feeds)
-            for name, values in zip(names, run(feeds), strict=True):
+            tensors = dict(zip(names, run(feeds), strict=True))
+            for name, values in tensors.items():
                 try:
                     _take(values, histograms.get(name), means.get(name))
                 except ValueError:
@@ -225,6 +240,8 @@ class _Job:
                         f"calibration sample {done} of {total} makes tensor '{name}' NaN or Inf",
                         fix="check the sample and the model in float; remove the sample if it is damaged",
                     ) from None
+            if self._outputs is not None:
+                self._outputs.take(tensors)
             context.progress("calibration", done, total)
         return histograms, {name: mean.value for name, mean in means.items()}
 
