@@ -77,7 +77,7 @@ class Run:
         """Keep the curves, and the weights if they are the best so far."""
         self.curves.append({"epoch": epoch + 1, "loss": self.loss, "lr": self.lr, "name": metric, "metric": value})
         if merit is None or merit > self.best_score or not self.best:  # a loss that is NaN on the held-out samples is above nothing
-            self.keep(epoch, -math.inf if merit is None else merit)
+            self.keep(epoch, -math.inf if merit is None or math.isnan(merit) else merit)
 
     def keep(self, epoch: int, score: float) -> None:
         """These weights are the best so far; epoch -1 is the start."""
