@@ -7,7 +7,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploycc.errors import UnsupportedError
 from deploycc.forms import onnx as form
-from deploycc.passes._saturation import convolution, excess, madd, may_saturate, predict, product, worth_it
+from deploycc.passes._held_pairs import held_codes, hold_pairs
+from deploycc.passes._madd import kernel_matrix
+from deploycc.passes._saturation import _run, convolution, excess, madd, may_saturate, predict, product, worth_it
 
 # --- a scalar model, written from Intel's description of the instruction
 
@@ -166,8 +168,6 @@ def graph(nodes, arrays, shape):
 
 
 def emulated(model, x):
-    from deploycc.passes._saturation import _run
-
     outputs, _ = _run(model, [{"x": x}], saturate=True)
     return outputs[0]
 
@@ -274,3 +274,50 @@ def test_the_models_are_not_changed():
     before = form.OnnxForm().digest(model)
     predict(model, [{"x": np.full((1, 8), 255, np.float32)}])
     assert form.OnnxForm().digest(model) == before
+
+
+# --- pairs held
+
+
+@pytest.mark.parametrize(
+    ("pair", "held"),
+    [
+        ([100.2, 20.4], [100, 20]),
+        ([100.0, 28.4], [100, 28]),  # 128 just fits
+        ([100.0, 40.0], [94, 34]),  # 12 over: half from each
+        ([-127.0, -127.0], [-64, -64]),
+        ([126.0, 4.0], [125, 3]),
+        ([140.0, -140.0], [127, -127]),  # opposite signs may be large
+    ],
+)
+def test_a_pair_is_held_to_128(pair, held):
+    codes = held_codes(np.array([*pair, 127.0])[:, None])
+    assert codes[:, 0].tolist() == [*held, 127]  # a last tap alone is free
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "group"), [((6, 3, 3, 3), 0, 1), ((8, 4, 1, 1), 0, 2), ((5, 7, 3), 0, 1), ((9, 6), 1, 1), ((6, 9), 0, 1)]
+)
+def test_held_weights_cannot_saturate_and_are_nearer_than_seven_bits(shape, axis, group):
+    w = np.random.default_rng(10).normal(size=shape)
+    others = tuple(index for index in range(w.ndim) if index != axis)
+    peak = np.abs(w).max(axis=others)
+    scales, codes = hold_pairs(w, peak / 127, axis=axis, group=group)
+    spread = [-1 if index == axis else 1 for index in range(w.ndim)]
+    kernels = kernel_matrix(codes, group) if w.ndim > 2 else [codes if axis == 1 else codes.T]
+    assert not any(may_saturate(kernel.astype(np.int8)).any() for kernel in kernels)
+    assert np.abs(codes).max() > 63
+    assert (scales >= np.float32(peak / 127)).all()
+    seven = (peak / 63).reshape(spread)
+    error = np.square(np.rint(w / seven) * seven - w).sum(axis=others)
+    mine = np.square(codes * scales.reshape(spread) - w).sum(axis=others)
+    assert (mine <= error + 1e-9).all()
+    assert mine.sum() < 0.7 * error.sum()
+
+
+def test_depthwise_weights_keep_all_their_bits():
+    w = np.random.default_rng(11).normal(size=(6, 1, 3, 3))
+    scales = np.abs(w).max(axis=(1, 2, 3)) / 127
+    found, codes = hold_pairs(w, scales, axis=0, group=6)
+    assert np.array_equal(found, scales.astype(np.float32))
+    assert np.array_equal(codes, np.rint(w / found.reshape(-1, 1, 1, 1)))
