@@ -32,12 +32,14 @@ class Reader:
     """One operator with weights, and rows of what it reads.
 
     Attributes:
+        name: of the operator.
         source: the tensor.
         weights: (groups, outputs, taps).
         window: kernel, strides, dilations, pads (top, left) of a convolution over rows and columns; None for a product.
         rows: arrays (groups, n, taps), one of each call.
     """
 
+    name: str
     source: str
     weights: np.ndarray
     window: tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]] | None
@@ -89,7 +91,7 @@ def readers(graph: ir.Graph, placement: Placement) -> list[Reader]:
                 found.append(_convolution(node, source.name or "", array))
             continue
         turned = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0
-        found.append(Reader(source.name or "", _few(array if turned else array.T)[None], None))
+        found.append(Reader(node.name, source.name or "", _few(array if turned else array.T)[None], None))
     return found
 
 
@@ -103,7 +105,9 @@ def _convolution(node: ir.Node, source: str, weight: np.ndarray) -> Reader:
     flat = weight.reshape(groups, weight.shape[0] // groups, -1)
     if groups == 1:
         flat = _few(flat[0])[None]
-    return Reader(source, flat.astype(np.float32), (weight.shape[2:], pair("strides", 1), pair("dilations", 1), pair("pads", 0)))
+    return Reader(
+        node.name or "", source, flat.astype(np.float32), (weight.shape[2:], pair("strides", 1), pair("dilations", 1), pair("pads", 0))
+    )
 
 
 def _few(rows: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ Rules for ONNX Runtime's CPU kernels:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -186,3 +187,12 @@ def weighted_inputs(graph: ir.Graph, placement: Placement) -> dict[str, int]:
         if _name(node) in placement.nodes and node.op_type in ("Conv", "Gemm") and source is not None:
             found[source.name or ""] = 1 if node.op_type == "Conv" else -1
     return found
+
+
+def bounds_after(node: ir.Node) -> tuple[float, float]:
+    """What the Relu or Clip clips to that alone reads a producer's result; (−inf, inf) for none."""
+    readers = list(node.outputs[0].consumers())
+    if len(readers) != 1 or node.outputs[0].is_graph_output() or not _starts_at_zero(readers[0]):
+        return -math.inf, math.inf
+    high = readers[0].inputs[2] if readers[0].op_type == "Clip" and len(readers[0].inputs) > 2 else None
+    return 0.0, math.inf if high is None or high.const_value is None else float(high.const_value.numpy())

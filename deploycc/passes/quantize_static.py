@@ -7,31 +7,16 @@ Types, symmetry, per-channel and reduce_range come from the target's [quant].
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar
 
-import numpy as np
-
-from deploycc.core.artifact import Artifact, Form, QuantInfo
-from deploycc.core.contract import LOSSY, Context, Pass
-from deploycc.errors import DataError, NothingToDo, PreconditionError, UnknownName
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    from deploycc.passes._consumers import Outputs
-    from deploycc.passes._placement import Placement
-    from deploycc.passes._ranges import Histogram, Mean
-
-LEAST_GAIN = 0.03  # of the time, for which integers are undone
-LEAST_OPSET = 13  # DequantizeLinear gained `axis` (per-channel scales)
+from deploycc.core.artifact import Artifact
+from deploycc.core.contract import Context, Pass
+from deploycc.passes._static_options import StaticOptions
 
 
 @dataclass(frozen=True)
-class QuantizeStatic(Pass):
+class QuantizeStatic(StaticOptions):
     """Integer weights and activations, with ranges from calibration data.
 
     Attributes:
@@ -46,248 +31,11 @@ class QuantizeStatic(Pass):
     """
 
     name: ClassVar[str] = "quantize-static"
-    consumes: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
-    effect: ClassVar = LOSSY
-    decided_by: ClassVar[frozenset[str]] = frozenset({"quant"})
-    reads: ClassVar[frozenset[str]] = frozenset({"calibration"})
-
-    calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy", "octav", "output-mse"] | None = None
-    percentile: float = 99.99
-    clip_weights: bool = True
-    keep_sums: bool = True
-    correct_bias: bool = True
-    skip: tuple[str, ...] = ()
-    islands: Literal["keep", "measured"] = "keep"
-
-    def __post_init__(self) -> None:
-        if not 50 < self.percentile <= 100:
-            raise ValueError(f"percentile is {self.percentile}: it must be over 50 and at most 100")
-
-    @property
-    def looks_ahead(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What is faster depends on the passes after this one."""
-        return self.islands == "measured"
-
-    def requires(self, artifact: Artifact, context: Context) -> None:
-        """Q/DQ needs opset 13, the target an integer activation type, the skip list operators that exist."""
-        opset = artifact.model.opset_imports.get("", 0)
-        if opset < LEAST_OPSET:
-            raise PreconditionError(
-                f"quantize-static needs opset {LEAST_OPSET} or newer (per-channel Q/DQ), but the model has {opset}",
-                fix="put 'update-opset' before it",
-            )
-        if context.target.quant.activations == "none":
-            raise PreconditionError(
-                f"target '{context.target.name}' keeps activations in float (quant.activations = none)",
-                fix="use quantize-dynamic, or a target with integer activations",
-            )
-        if artifact.quant is not None or any(node.op_type == "QuantizeLinear" for node in artifact.model.graph):
-            raise PreconditionError("the model is quantized already", fix="start from the float model, or leave quantize-static out")
-        names = {node.name for node in artifact.model.graph}
-        if missing := [name for name in self.skip if name not in names]:
-            raise UnknownName(f"skip: the graph has no operator '{missing[0]}'", fix="`deploycc inspect MODEL.onnx` lists the operators")
-        if self.islands == "measured" and (context.profiler is None or context.timer is None or context.following is None):
-            raise PreconditionError(
-                f"islands=measured needs the times of operators on target '{context.target.name}', which this machine cannot give",
-                fix="leave islands out, or compile on the target's own machine, in one process",
-            )
-        context.data.part("calibration")  # raises DataNeeded before anything slow
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Place, calibrate, write; with islands=measured, time what came out, and write again."""
-        from deploycc.forms._macs import infer_shapes
-        from deploycc.passes._linear import write_products
-        from deploycc.passes._tidy import complete_names
-
-        model = infer_shapes(artifact.model)
-        complete_names(model)
-        write_products(model.graph, self.skip)
-        job = _Job(self, artifact, context, model)
-        whole = job.write({})
-        return whole if self.islands == "keep" else job.without_islands(whole)
-
-    def faster(self) -> tuple[Pass, ...]:
-        """Islands undone by measurement."""
-        return () if self.islands == "measured" else (replace(self, islands="measured"),)
+        return self.quantized(artifact, context)[0]
 
     def alternatives(self) -> tuple[Pass, ...]:
         """The other ways to choose ranges, cheap to dear."""
         return tuple(replace(self, calibration=method) for method in ("mse", "percentile", "output-mse") if method != self.calibration)
-
-
-class _Job:
-    """One run of the pass: statistics once, and as many graphs as are asked for.
-
-    `model` is the float graph that is quantized, a clone; it is not changed.
-    """
-
-    def __init__(self, options: QuantizeStatic, artifact: Artifact, context: Context, model: ir.Model) -> None:
-        self.options, self.artifact, self.context, self.model = options, artifact, context, model
-        self.quant = context.target.quant
-        self.method = options.calibration or self.quant.calibration
-        self._statistics: tuple[dict[str, Histogram], dict[str, np.ndarray]] | None = None
-        self._outputs: Outputs | None = None
-        self._ranges: dict[str, tuple[float, float]] = {}
-
-    def write(self, more: Mapping[str, str]) -> Artifact:
-        """The quantized graph, with the operators of skip= and `more` (name → reason) left in float."""
-        from deploycc.forms.onnx import clone
-        from deploycc.passes import _qdq
-        from deploycc.passes._gates import gate_outputs, split_hard_swish
-        from deploycc.passes._placement import place
-
-        quant, options = self.quant, self.options
-        model = clone(self.model)
-        skip = {**more, **dict.fromkeys(options.skip, "left out by skip=")}
-        placement = place(model, skip=skip, fold_activations=not quant.activation_symmetric)
-        if not placement.nodes:
-            reasons = "; ".join(f"{node}: {reason}" for node, reason in placement.left_float[:3]) or "it has no Conv, Gemm or MatMul"
-            raise NothingToDo(f"quantize-static finds nothing to quantize ({reasons})", fix="use quantize-dynamic, or leave it out")
-        if self._statistics is None:
-            self._statistics = self._calibrate(placement)
-        histograms, means = self._statistics
-        ranges = {name: self._range(name, histograms[name]) for name in dict.fromkeys(placement.leaders.values())}
-        placement = split_hard_swish(model.graph, placement)
-        scales = {name: _qdq.activation_scale(*found, quant) for name, found in ranges.items()}
-        scales |= {name: _qdq.gate_scale(alpha, quant) for name, alpha in gate_outputs(model.graph, placement).items()}
-        how = _qdq.How(options.clip_weights, options.keep_sums, options.correct_bias)
-        _qdq.Writer(model.graph, placement, scales, means, quant, how).write()
-        _clean(model)
-        info = QuantInfo(
-            method="static",
-            weights=quant.weights,
-            activations=quant.activations,
-            per_channel=quant.per_channel,
-            reduce_range=quant.reduce_range,
-            calibration=self.method,
-            left_float=placement.left_float,
-        )
-        notes = [f"{len(placement.nodes)} operators in integers, {len(ranges)} activation ranges from {self.method} calibration"]
-        notes += [f"left in float: {node}: {reason}" for node, reason in placement.left_float]
-        return self.artifact.evolve(model, quant=info, notes=tuple(notes))
-
-    def without_islands(self, whole: Artifact) -> Artifact:
-        """`whole` with the parts in float that the clock says are faster so, or as it is."""
-        from deploycc.passes._islands import assign, segments
-
-        context, artifact = self.context, self.artifact
-        assert context.profiler is not None  # `requires` has looked
-        entry = sum(int(np.prod([size if isinstance(size, int) else 1 for size in spec.shape])) for spec in artifact.signature.inputs)
-        parts = segments(self.model.graph)
-        found = assign(parts, context.profiler({"float": artifact, "int8": whole}), entry)
-        names = ("float", "in integers", "as assigned")
-        told = ", ".join(f"{value:.3f} ms {name}" for value, name in zip(found.predicted, names, strict=True))
-        facts = {"predicted_ms": dict(zip(names, found.predicted, strict=True)), "float_nodes": list(found.float_nodes)}
-
-        def noted(result: Artifact, text: str, **more: Any) -> Artifact:
-            notes = (*result.notes, f"islands, {len(parts)} segments: {told}; {text}")
-            return replace(result, notes=notes, details={**result.details, "islands": {**facts, **more}})
-
-        if not found.float_nodes:
-            return noted(whole, "no part is faster in float")
-        try:
-            mixed = self.write(dict.fromkeys(found.float_nodes, "measured: faster in float"))
-        except NothingToDo:
-            return noted(whole, "every part is faster in float")
-        times = context.latency({"whole": whole, "mixed": mixed})
-        share = times["mixed"] / times["whole"]
-        told = f"{told}; with {len(found.float_nodes)} operators in float {share:.2f} of the time was measured"
-        return (
-            noted(mixed, "kept so", measured_ms=times)
-            if share < 1 - LEAST_GAIN
-            else noted(whole, "all kept in integers", measured_ms=times)
-        )
-
-    def _range(self, name: str, histogram: Histogram) -> tuple[float, float]:
-        """Of one tensor, chosen once: the graph may be written twice."""
-        from deploycc.passes._ranges import choose
-
-        levels = 256 if self.quant.activations in ("uint8", "int8") else 65536
-        if name not in self._ranges:
-            if self._outputs is not None:
-                self.context.progress("ranges", len(self._ranges), None)
-                self._ranges[name] = self._outputs.range(name, histogram, levels)
-            else:
-                self._ranges[name] = choose(self.method, histogram, levels=levels, percent=self.options.percentile)
-        return self._ranges[name]
-
-    def _calibrate(self, placement: Placement) -> tuple[dict[str, Histogram], dict[str, np.ndarray]]:
-        """Run the float graph over the calibration samples: a histogram per range, the channel means of what heavy operators read."""
-        from deploycc.passes._consumers import watch
-        from deploycc.passes._placement import weighted_inputs
-        from deploycc.passes._ranges import Histogram, Mean
-
-        context, artifact = self.context, self.artifact
-        # Where islands may be undone, a tensor that another leads may come to lead itself.
-        ranged = dict.fromkeys(placement.leaders if self.options.islands == "measured" else placement.leaders.values())
-        histograms = {name: Histogram(keep_counts=self.method not in ("minmax", "moving-average")) for name in ranged}
-        weighted = weighted_inputs(self.model.graph, placement) if self.options.correct_bias else {}
-        means = {name: Mean(axis) for name, axis in weighted.items()}
-        total = len(context.data.part("calibration"))
-        if self.method == "output-mse":
-            self._outputs = watch(self.model.graph, placement, total, context.seed)
-        sources = [reader.source for reader in self._outputs.found] if self._outputs else []
-        names = list(dict.fromkeys([*histograms, *means, *sources]))
-        run = _tapped(self.model, names)
-        for done, feeds in enumerate(context.data.calibration(artifact), 1):
-            artifact.signature.check(feeds)
-            tensors = dict(zip(names, run(feeds), strict=True))
-            for name, values in tensors.items():
-                try:
-                    _take(values, histograms.get(name), means.get(name))
-                except ValueError:
-                    raise DataError(
-                        f"calibration sample {done} of {total} makes tensor '{name}' NaN or Inf",
-                        fix="check the sample and the model in float; remove the sample if it is damaged",
-                    ) from None
-            if self._outputs is not None:
-                self._outputs.take(tensors)
-            context.progress("calibration", done, total)
-        return histograms, {name: mean.value for name, mean in means.items()}
-
-
-def _take(values: np.ndarray, histogram: Histogram | None, mean: Mean | None) -> None:
-    """Add one call's tensor to its statistics. Raises ValueError for NaN or Inf."""
-    if values.size == 0:
-        return
-    if histogram is not None:
-        histogram.add(values)
-    if mean is not None:
-        mean.add(values)
-
-
-def _tapped(model: ir.Model, names: list[str]) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
-    """A function that runs `model` and returns the tensors called `names`."""
-    import onnx_ir as ir
-    import onnxruntime as ort
-
-    from deploycc.forms.onnx import clone, write
-    from deploycc.runtime.machine import available_cores
-
-    tapped = clone(model)
-    present = {value.name for value in tapped.graph.outputs}
-    inputs = {value.name for value in tapped.graph.inputs}
-    for value in (value for node in tapped.graph for value in node.outputs):
-        if value.name in names and value.name not in present:
-            value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
-            tapped.graph.outputs.append(value)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = available_cores()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:
-        session = ort.InferenceSession(str(write(tapped, Path(folder))), options, providers=["CPUExecutionProvider"])
-    wanted = [name for name in names if name not in inputs]
-
-    def run(feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        found = dict(zip(wanted, session.run(wanted, feeds), strict=True)) if wanted else {}  # asked for nothing, it gives all outputs
-        return [feeds[name] if name in inputs else np.asarray(found[name]) for name in names]
-
-    return run
-
-
-def _clean(model: ir.Model) -> None:
-    """Drop float weights that nothing reads any more."""
-    import onnx_ir.passes.common as common
-
-    common.RemoveUnusedNodesPass()(model)

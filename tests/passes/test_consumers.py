@@ -39,8 +39,8 @@ def test_a_direction_that_the_weights_ignore_costs_nothing():
     rng = np.random.default_rng(0)
     rows = rng.uniform(0, 1, size=(1, 400, 2)).astype(np.float32)
     rows[..., 1] *= 10
-    ignoring = Reader("x", np.array([[[1.0, 0.0]]], np.float32), None, [rows])
-    heeding = Reader("x", np.array([[[0.0, 1.0]]], np.float32), None, [rows])
+    ignoring = Reader("m", "x", np.array([[[1.0, 0.0]]], np.float32), None, [rows])
+    heeding = Reader("m", "x", np.array([[[0.0, 1.0]]], np.float32), None, [rows])
     _, short = best_range(0.0, 10.0, 16, [ignoring.error()])
     _, wide = best_range(0.0, 10.0, 16, [heeding.error()])
     assert short == pytest.approx(3.0)  # the least share that is tried

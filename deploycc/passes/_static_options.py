@@ -1,0 +1,96 @@
+"""What every pass that quantizes an ONNX graph statically shares: options, what it takes, and the graph they give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from deploycc.core.artifact import Artifact, Form
+from deploycc.core.contract import LOSSY, Context, Pass
+from deploycc.errors import PreconditionError, UnknownName
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+LEAST_OPSET = 13  # DequantizeLinear gained `axis` (per-channel scales)
+
+
+@dataclass(frozen=True)
+class StaticOptions(Pass):
+    """Placement, ranges and roundings.
+
+    Attributes:
+        calibration: how activation ranges are chosen; none = as the target says.
+        percentile: share of values that percentile calibration keeps on each side, in percent.
+        clip_weights: choose each weight scale by least squared error instead of by the largest weight.
+        keep_sums: round kernels over few channels so that the sum of their taps survives.
+        correct_bias: take the mean error that rounding the weights makes out of the biases.
+        skip: names of operators to leave in float.
+        islands: keep = integers wherever the rules allow them; measured = what the clock says is faster in float is put back, on the
+            target's own machine only. Another compile may then choose otherwise.
+    """
+
+    consumes: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
+    effect: ClassVar = LOSSY
+    decided_by: ClassVar[frozenset[str]] = frozenset({"quant"})
+    reads: ClassVar[frozenset[str]] = frozenset({"calibration"})
+
+    calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy", "octav", "output-mse"] | None = None
+    percentile: float = 99.99
+    clip_weights: bool = True
+    keep_sums: bool = True
+    correct_bias: bool = True
+    skip: tuple[str, ...] = ()
+    islands: Literal["keep", "measured"] = "keep"
+
+    def __post_init__(self) -> None:
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"percentile is {self.percentile}: it must be over 50 and at most 100")
+
+    @property
+    def looks_ahead(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What is faster depends on the passes after this one."""
+        return self.islands == "measured"
+
+    def requires(self, artifact: Artifact, context: Context) -> None:
+        """Q/DQ needs opset 13, the target an integer activation type, the skip list operators that exist."""
+        opset = artifact.model.opset_imports.get("", 0)
+        if opset < LEAST_OPSET:
+            raise PreconditionError(
+                f"{self.name} needs opset {LEAST_OPSET} or newer (per-channel Q/DQ), but the model has {opset}",
+                fix="put 'update-opset' before it",
+            )
+        if context.target.quant.activations == "none":
+            raise PreconditionError(
+                f"target '{context.target.name}' keeps activations in float (quant.activations = none)",
+                fix="use quantize-dynamic, or a target with integer activations",
+            )
+        if artifact.quant is not None or any(node.op_type == "QuantizeLinear" for node in artifact.model.graph):
+            raise PreconditionError("the model is quantized already", fix=f"start from the float model, or leave {self.name} out")
+        names = {node.name for node in artifact.model.graph}
+        if missing := [name for name in self.skip if name not in names]:
+            raise UnknownName(f"skip: the graph has no operator '{missing[0]}'", fix="`deploycc inspect MODEL.onnx` lists the operators")
+        if self.islands == "measured" and (context.profiler is None or context.timer is None or context.following is None):
+            raise PreconditionError(
+                f"islands=measured needs the times of operators on target '{context.target.name}', which this machine cannot give",
+                fix="leave islands out, or compile on the target's own machine, in one process",
+            )
+        context.data.part("calibration")  # raises DataNeeded before anything slow
+
+    def quantized(self, artifact: Artifact, context: Context) -> tuple[Artifact, ir.Model]:
+        """The result, and the float graph with the same names that it was made from."""
+        from deploycc.forms._macs import infer_shapes
+        from deploycc.passes._linear import write_products
+        from deploycc.passes._static_job import Job
+        from deploycc.passes._tidy import complete_names
+
+        model = infer_shapes(artifact.model)
+        complete_names(model)
+        write_products(model.graph, self.skip)
+        job = Job(self, artifact, context, model)
+        whole = job.write({})
+        return whole if self.islands == "keep" else job.without_islands(whole), model
+
+    def faster(self) -> tuple[Pass, ...]:
+        """Islands undone by measurement."""
+        return () if self.islands == "measured" else (replace(self, islands="measured"),)
