@@ -42,6 +42,7 @@ from deploycc.planning import Options, Plan, capture, command_line, declared_tra
 from deploycc.sources._factory import find
 
 HARDLY_FASTER = 1.5  # times the float artifact's speed: below it, passes are asked for faster settings
+WORTH_MS = 0.5  # of the float artifact: below it, calls of operators cost more than their work, and the clock's noise would choose
 PROBES = 8  # real inputs that the bench takes turns over
 GOLDEN = 3
 
@@ -199,7 +200,9 @@ def _ladder(pipeline: Pipeline) -> Iterator[Pipeline]:
 
 def _speed_ladder(attempts: Sequence[Attempt], bench: BenchResult | None) -> Iterator[Pipeline]:
     """The settings that its passes offer to be faster, while what would ship is hardly faster than the float artifact."""
-    if bench is None or not attempts or not best(attempts).passed or bench.ratio(COMPILED, FLOAT).value >= HARDLY_FASTER:
+    if bench is None or not attempts or not best(attempts).passed or bench.get(FLOAT).p50_ms < WORTH_MS:
+        return
+    if bench.ratio(COMPILED, FLOAT).value >= HARDLY_FASTER:
         return
     steps = best(attempts).pipeline.steps
     for index, step in enumerate(steps):
