@@ -1,13 +1,13 @@
 """Whether each weight rounds up or down, learned on what its operator reads (AdaRound).
 
     w_q = s · clip(⌊w/s⌋ + h(V), −m, m),   h(V) = clip((ζ − γ)·σ(V) + γ, 0, 1),   ζ = 1.1, γ = −0.1
-    min_{V, b}  mean ‖a(W x + b₀) − a(W_q x + b)‖² / mean ‖a(W x + b₀)‖²  +  λ · mean (1 − |2h(V) − 1|^β)
+    min_{V, b}  mean ‖a(W x + b₀) − a(W_q x + b)‖² / e₀  +  λ · mean (1 − |2h(V) − 1|^β)
 
-x are rows of what the operator reads in the float graph; a is the Relu or Clip that follows. β falls from 20 to 2 by a cosine, after a
-warm-up without the second term, which pushes every h to 0 or 1. The bias is learned with the roundings. All layers learn from one pass
-over the calibration samples, each for itself. The paper reads x in the second place from the graph quantized so far, layer after layer;
-from one pass that does not do: every layer then makes up for the same errors before it (Lite0: 12.8 dB).
-(M. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020.)
+x are rows of what the operator reads in the float graph; a is the Relu or Clip that follows; e₀ is what the roundings to beat lose. β falls
+from 20 to 2 by a cosine, after a warm-up without the second term, which pushes every h to 0 or 1. The bias is learned with the roundings.
+All layers learn from one pass over the calibration samples, each for itself. The paper reads x in the second place from the graph
+quantized so far, layer after layer; from one pass that does not do: every layer then makes up for the same errors before it (Lite0:
+12.8 dB). (M. Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020.)
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ZETA, GAMMA = 1.1, -0.1
 WARM_UP = 0.2
+SMALLEST = 1e-12  # share of the energy: nothing is lost
 BETA = (20.0, 2.0)
 BIAS_RATE = 0.1  # of the weights' learning rate, in steps of the output's own size
 
@@ -96,10 +97,12 @@ def learn(layer: Layer, settings: Settings, codes: np.ndarray, seed: int) -> Lea
     def bias() -> torch.Tensor | float:
         return start if shift is None else start + shift[:, None, :] * size
 
+    with torch.no_grad():
+        before = float(lost(_tensor(codes) * scale, start))
     for step in range(settings.steps):
         chosen = torch.randint(rows.shape[1], (settings.batch,), generator=generator)
         up = _rectified(logit)
-        loss = lost((base + up).clamp(-layer.most, layer.most) * scale, bias(), chosen)
+        loss = lost((base + up).clamp(-layer.most, layer.most) * scale, bias(), chosen) / max(before, SMALLEST)
         if step >= WARM_UP * settings.steps:
             loss = loss + settings.weight * (1 - (2 * up - 1).abs().pow(_beta(step / settings.steps))).mean()
         optimizer.zero_grad()
@@ -107,7 +110,6 @@ def learn(layer: Layer, settings: Settings, codes: np.ndarray, seed: int) -> Lea
         optimizer.step()
     with torch.no_grad():
         found = (base + (_rectified(logit) >= 0.5)).clamp(-layer.most, layer.most)
-        before = float(lost(_tensor(codes) * scale, start))
         after = float(lost(found * scale, bias()))
         if after >= before:
             return Learned(codes, layer.bias, before, before)

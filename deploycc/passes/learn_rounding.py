@@ -49,11 +49,11 @@ class LearnRounding(StaticOptions):
 
     name: ClassVar[str] = "learn-rounding"
 
-    steps: int = 500
+    steps: int = 300
     batch: int = 256
-    rows: int = 4096
-    lr: float = 0.01
-    weight: float = 0.01
+    rows: int = 2048
+    lr: float = 0.05
+    weight: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +96,7 @@ class LearnRounding(StaticOptions):
 
     def alternatives(self) -> tuple[Pass, ...]:
         """More steps on more rows."""
-        return (replace(self, steps=4 * self.steps, rows=2 * self.rows),) if self.steps < 2000 else ()
+        return (replace(self, steps=4 * self.steps, rows=2 * self.rows),) if self.steps < 1200 else ()
 
     def _draw(self, float_model: ir.Model, model: ir.Model, artifact: Artifact, context: Context) -> list[Reader]:
         """Rows of what every integer operator reads in the float graph."""

@@ -11,7 +11,7 @@ from deploycc.passes.learn_rounding import LearnRounding
 from deploycc.passes.quantize_static import QuantizeStatic
 
 INFINITE = (-np.inf, np.inf)
-SETTINGS = Settings(steps=300, batch=64, lr=0.05, weight=0.01)
+SETTINGS = Settings(steps=300, batch=64, lr=0.05, weight=0.5)
 
 
 def layer(weight, rows, bounds=INFINITE, bias=None):
@@ -43,7 +43,7 @@ def test_what_the_activation_cuts_off_does_not_count():
 def test_the_bias_takes_what_no_rounding_can():
     rows = np.ones((200, 1)) + 0.01 * np.random.default_rng(0).normal(size=(200, 1))
     bias = np.zeros((1, 1), np.float32)
-    settings = Settings(steps=600, batch=64, lr=0.1, weight=0.01)
+    settings = Settings(steps=600, batch=64, lr=0.1, weight=0.5)
     found = learn(layer([[10.4]], rows, bias=bias), settings, np.array([[[10.0]]], np.float32), 0)
     assert found.after < 0.1 * found.before
     assert abs(found.codes[0, 0, 0] + found.bias[0, 0] - 10.4) < 0.05
@@ -69,9 +69,9 @@ def test_every_code_is_one_of_the_two_neighbours_and_the_graph_keeps_its_nodes()
     assert "3 layers learned" in after.notes[-1]
 
 
-@pytest.mark.parametrize("coarse", [True, False])
-def test_less_is_lost_than_by_nearest_rounding(coarse):
-    """In 7 bits, on inputs whose neighbours are alike."""
+@pytest.mark.parametrize(("coarse", "share"), [(True, 0.8), (False, 0.95)])
+def test_less_is_lost_than_by_nearest_rounding(coarse, share):
+    """In 7 bits and in 8, on inputs whose neighbours are alike."""
     from deploycc.core.target import Quant
 
     artifact = make(
@@ -89,7 +89,7 @@ def test_less_is_lost_than_by_nearest_rounding(coarse):
     feeds = list(ctx.data.calibration(artifact))
     wanted = outputs(artifact, feeds)
     lost = [np.sum((wanted - outputs(made, feeds)) ** 2) for made in (plain, learned)]
-    assert lost[1] < 0.9 * lost[0]
+    assert lost[1] < share * lost[0]
 
 
 def test_the_same_seed_gives_the_same_bytes():
@@ -106,8 +106,8 @@ def test_settings_that_cannot_work_are_refused(option):
 
 
 def test_a_refused_result_learns_longer_once():
-    (longer,) = LearnRounding(steps=500, rows=4096).alternatives()
-    assert (longer.steps, longer.rows) == (2000, 8192)
+    (longer,) = LearnRounding(steps=300, rows=2048).alternatives()
+    assert (longer.steps, longer.rows) == (1200, 4096)
     assert longer.alternatives() == ()
 
 
