@@ -24,7 +24,7 @@ ZETA, GAMMA = 1.1, -0.1
 WARM_UP = 0.2
 SMALLEST = 1e-12  # share of the energy: nothing is lost
 BETA = (20.0, 2.0)
-BIAS_RATE = 0.1  # of the weights' learning rate, in steps of the output's own size
+BIAS_RATE = 0.1  # of the weights' learning rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +86,19 @@ def learn(layer: Layer, settings: Settings, codes: np.ndarray, seed: int) -> Lea
 
     share = (steps - base).clamp(0.01, 0.99)
     logit = torch.logit((share - GAMMA) / (ZETA - GAMMA)).requires_grad_()
-    size = energy**0.5
     shift = torch.zeros_like(_tensor(layer.bias)).requires_grad_() if layer.bias is not None else None
     groups: list[dict[str, Any]] = [{"params": [logit], "lr": settings.lr}]
     if shift is not None:
         groups.append({"params": [shift], "lr": settings.lr * BIAS_RATE})
     optimizer = torch.optim.Adam(groups)
     start = _column(layer.bias)
+    with torch.no_grad():
+        before = float(lost(_tensor(codes) * scale, start))
+    size = (energy * before) ** 0.5  # a step of the bias is small beside what rounding loses
 
     def bias() -> torch.Tensor | float:
         return start if shift is None else start + shift[:, None, :] * size
 
-    with torch.no_grad():
-        before = float(lost(_tensor(codes) * scale, start))
     for step in range(settings.steps):
         chosen = torch.randint(rows.shape[1], (settings.batch,), generator=generator)
         up = _rectified(logit)

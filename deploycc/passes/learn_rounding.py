@@ -53,7 +53,7 @@ class LearnRounding(StaticOptions):
     batch: int = 256
     rows: int = 2048
     lr: float = 0.05
-    weight: float = 0.5
+    weight: float = 20.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

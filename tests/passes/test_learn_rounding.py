@@ -11,7 +11,7 @@ from deploycc.passes.learn_rounding import LearnRounding
 from deploycc.passes.quantize_static import QuantizeStatic
 
 INFINITE = (-np.inf, np.inf)
-SETTINGS = Settings(steps=300, batch=64, lr=0.05, weight=0.5)
+SETTINGS = Settings(steps=300, batch=64, lr=0.05, weight=20.0)
 
 
 def layer(weight, rows, bounds=INFINITE, bias=None):
@@ -43,7 +43,7 @@ def test_what_the_activation_cuts_off_does_not_count():
 def test_the_bias_takes_what_no_rounding_can():
     rows = np.ones((200, 1)) + 0.01 * np.random.default_rng(0).normal(size=(200, 1))
     bias = np.zeros((1, 1), np.float32)
-    settings = Settings(steps=600, batch=64, lr=0.1, weight=0.5)
+    settings = Settings(steps=600, batch=64, lr=0.1, weight=20.0)
     found = learn(layer([[10.4]], rows, bias=bias), settings, np.array([[[10.0]]], np.float32), 0)
     assert found.after < 0.1 * found.before
     assert abs(found.codes[0, 0, 0] + found.bias[0, 0] - 10.4) < 0.05
