@@ -5,7 +5,8 @@ It is quantize-static, and then, layer by layer, the roundings and biases of lea
 
     fold-batchnorm, export-onnx, update-opset, fold-constants, learn-rounding
 
-Rows of what each operator reads are drawn in one pass over the calibration samples, so memory does not grow with them.
+Rows of what each operator reads are drawn in one pass over the calibration samples, so memory does not grow with them. A layer's own error
+is about halved; what is left is mostly that of the activations: EfficientNet-Lite0 comes to 25.2 dB, where quantize-static gives 25.0.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WORST = 5  # layers that the receipt's note names
 
 @dataclass(frozen=True)
 class LearnRounding(StaticOptions):
-    """quantize-static with learned rounding: more accurate, the same speed and size, minutes instead of seconds.
+    """quantize-static with learned rounding: somewhat more accurate, the same speed and size, minutes instead of seconds.
 
     Attributes:
         calibration: how activation ranges are chosen; none = as the target says.
