@@ -99,17 +99,25 @@ def compile(model: Any, options: Options, progress: Progress = silent) -> Compil
         parent = job.attempt(pipeline.lossless())
         attempts: list[Attempt] = []
         bench, interrupted = None, False
+
+        def spent() -> bool:
+            return options.budget_s is not None and time.monotonic() - started > options.budget_s
+
         try:
             for rung in _ladder(pipeline):
-                if attempts and options.budget_s is not None and time.monotonic() - started > options.budget_s:
+                if attempts and spent():
                     break
                 attempts.append(job.attempt(rung))
                 if attempts[-1].passed:
                     break
             bench = job.measure(parent, attempts)
-            for rung in _speed_ladder(attempts, bench):
-                attempts.append(job.attempt(rung))
-                bench = job.measure(parent, attempts)
+            for rung in _speed_ladder(attempts, bench, context):
+                if spent():
+                    break
+                tried = [*attempts, job.attempt(rung)]
+                if tried[-1].passed:
+                    bench = job.measure(parent, tried)
+                attempts = tried  # an interrupted measurement leaves what was measured before
         except KeyboardInterrupt:
             interrupted = True
         outcome = decide(planned, parent, attempts, bench, interrupted=interrupted)
@@ -198,8 +206,13 @@ def _ladder(pipeline: Pipeline) -> Iterator[Pipeline]:
             yield Pipeline((*pipeline.steps[:index], Step(stronger, step.asked), *pipeline.steps[index + 1 :]))
 
 
-def _speed_ladder(attempts: Sequence[Attempt], bench: BenchResult | None) -> Iterator[Pipeline]:
-    """The settings that its passes offer to be faster, while what would ship is hardly faster than the float artifact."""
+def _speed_ladder(attempts: Sequence[Attempt], bench: BenchResult | None, context: Context) -> Iterator[Pipeline]:
+    """The settings that its passes offer to be faster, while what would ship is hardly faster than the float artifact.
+
+    They measure operator by operator: nothing where the runtime does not tell, or several processes train.
+    """
+    if context.profiler is None:
+        return
     if bench is None or not attempts or not best(attempts).passed or bench.get(FLOAT).p50_ms < WORTH_MS:
         return
     if bench.ratio(COMPILED, FLOAT).value >= HARDLY_FASTER:

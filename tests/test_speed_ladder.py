@@ -30,12 +30,19 @@ class Bench:
         return SimpleNamespace(value=self.faster)
 
 
-def rungs(attempts, bench):
-    return [str(pipeline) for pipeline in _speed_ladder(attempts, cast(Any, bench))]
+CLOCK = object()
+
+
+def rungs(attempts, bench, profiler: Any = CLOCK):
+    return [str(pipeline) for pipeline in _speed_ladder(attempts, cast(Any, bench), cast(Any, SimpleNamespace(profiler=profiler)))]
 
 
 def test_int8_that_is_hardly_faster_is_placed_by_the_clock():
     assert rungs([attempt()], Bench(5.0, 1.1)) == ["fold-batchnorm, export-onnx, quantize-static{islands=measured}"]
+
+
+def test_several_processes_or_a_silent_runtime_measure_no_operators():
+    assert rungs([attempt()], Bench(5.0, 1.1), profiler=None) == []
 
 
 @pytest.mark.parametrize(

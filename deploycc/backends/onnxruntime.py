@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SESSION = "onnxruntime"
+KERNEL = "_kernel_time"  # how the runtime's profiler ends the names of operators
 # Operators of the runtime's optimized graph that multiply integers.
 INTEGER = frozenset(
     {
@@ -93,9 +94,6 @@ class OnnxRuntime:
             for call in range(runs):
                 session.run(None, dict(feeds[call % len(feeds)]))
             return _node_times(json.loads(Path(session.end_profiling()).read_text()))
-
-
-KERNEL = "_kernel_time"
 
 
 def _node_times(events: Sequence[Mapping[str, Any]]) -> list[NodeTime]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -9,8 +10,14 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 
 if TYPE_CHECKING:
-    from deploycc.core.contract import Built
+    from deploycc.core.contract import Built, Context
     from deploycc.core.target import Target
+
+
+def clock(context: Context) -> str:
+    """What a measured time depends on besides the model, for the cache key: another target's clock decides for itself."""
+    facts = context.target.digest_facts({"backend", "arch", "hardware", "runtime"})
+    return json.dumps({**facts, "threads": context.target.bench.threads}, sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@
 over rows x of a reader's input as its kernel sees them: a Conv's patches, drawn at random places of every calibration sample, a Gemm's or
 MatMul's rows. Errors that a kernel averages out cost nothing; those that it adds up do. The last term, over the values v of the tensor's
 histogram, stands for readers without weights, and for the tails that few rows miss: without it, Lite0 came out between 23.8 and 25.2 dB
-with 128 to 2,048 rows; with it, at 25.2 dB with 256. Rows of a reader: at most ROWS, whatever the number of samples.
+with 128 to 2,048 rows; with it, at 25.2 dB with 256. Every reader has ROWS rows, whatever the number of samples.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Reader:
 
     def take(self, values: np.ndarray, count: int, rng: np.random.Generator) -> None:
         """Draw `count` rows of one call's tensor."""
+        if not count:
+            return
         if self.window is None:
             flat = values.reshape(-1, values.shape[-1])
             self.rows.append(flat[rng.integers(len(flat), size=count)][None])
@@ -121,18 +123,28 @@ class Outputs:
     Attributes:
         leaders: tensor → the tensor whose range it takes.
         found: the readers.
-        per_call: rows that each calibration sample gives.
+        calls: how many there will be.
+        rows: of each reader, spread evenly over the calls.
     """
 
     leaders: Mapping[str, str]
     found: list[Reader]
-    per_call: int
+    calls: int
+    rows: int
     rng: np.random.Generator
+    taken: int = 0
+
+    @property
+    def sources(self) -> list[str]:
+        """The tensors to give to `take`."""
+        return list(dict.fromkeys(reader.source for reader in self.found))
 
     def take(self, tensors: Mapping[str, np.ndarray]) -> None:
         """One call's tensors."""
+        count = (self.taken + 1) * self.rows // self.calls - self.taken * self.rows // self.calls
         for reader in self.found:
-            reader.take(tensors[reader.source], self.per_call, self.rng)
+            reader.take(tensors[reader.source], count, self.rng)
+        self.taken += 1
 
     def range(self, name: str, histogram: Histogram, levels: int) -> tuple[float, float]:
         """The range of least error for the tensor `name`."""
@@ -171,6 +183,6 @@ def best_range(
     return low * left, high * right
 
 
-def watch(graph: ir.Graph, placement: Placement, samples: int, seed: int) -> Outputs:
-    """What draws rows from `samples` calls."""
-    return Outputs(placement.leaders, readers(graph, placement), max(1, -(-ROWS // samples)), np.random.default_rng(seed))
+def watch(graph: ir.Graph, placement: Placement, calls: int, seed: int, rows: int = ROWS) -> Outputs:
+    """What draws `rows` rows of every reader from `calls` calls."""
+    return Outputs(placement.leaders, readers(graph, placement), calls, rows, np.random.default_rng(seed))

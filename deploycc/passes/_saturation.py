@@ -18,15 +18,12 @@ import numpy as np
 from deploycc.core.compare import sqnr_db
 from deploycc.passes._madd import (
     Window,
-    convolution,
     excess,
     excess_by_group,
     is_depthwise,
     kernel_matrix,
-    madd,
     may_saturate,
     patches,
-    product,
     to_channels,
 )
 
@@ -34,8 +31,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from deploycc.passes._onnx_torch import Call, Operator
-
-__all__ = ["Prediction", "convolution", "excess", "madd", "may_saturate", "predict", "product", "worth_it"]
 
 MARGIN_DB = 0.5  # full range must win by this: other data may saturate more
 

@@ -135,9 +135,8 @@ class Job:
         means = {name: Mean(axis) for name, axis in weighted.items()}
         total = len(context.data.part("calibration"))
         if self.method == "output-mse":
-            self._outputs = watch(self.model.graph, placement, total, context.seed)
-        sources = [reader.source for reader in self._outputs.found] if self._outputs else []
-        names = list(dict.fromkeys([*histograms, *means, *sources]))
+            self._outputs = watch(self.model.graph, placement, calls(artifact, context), context.seed)
+        names = list(dict.fromkeys([*histograms, *means, *(self._outputs.sources if self._outputs else ())]))
         run = tapped(self.model, names)
         for done, feeds in enumerate(context.data.calibration(artifact), 1):
             artifact.signature.check(feeds)
@@ -164,6 +163,13 @@ def _take(values: np.ndarray, histogram: Histogram | None, mean: Mean | None) ->
         histogram.add(values)
     if mean is not None:
         mean.add(values)
+
+
+def calls(artifact: Artifact, context: Context) -> int:
+    """How many calls the calibration samples make."""
+    from deploycc.core.data import batch_size
+
+    return -(-len(context.data.part("calibration")) // batch_size(artifact.signature))
 
 
 def tapped(model: ir.Model, names: list[str]) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import LOSSY, Context, Pass
+from deploycc.core.timing import clock
 from deploycc.errors import PreconditionError, UnknownName
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class StaticOptions(Pass):
     def looks_ahead(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """What is faster depends on the passes after this one."""
         return self.islands == "measured"
+
+    def depends_on(self, context: Context) -> str:
+        """The clock that islands are measured by."""
+        return clock(context) if self.islands == "measured" else ""
 
     def requires(self, artifact: Artifact, context: Context) -> None:
         """Q/DQ needs opset 13, the target an integer activation type, the skip list operators that exist."""

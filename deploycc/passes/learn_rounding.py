@@ -18,6 +18,7 @@ import numpy as np
 
 from deploycc.core.artifact import Artifact
 from deploycc.core.contract import Context, Pass
+from deploycc.errors import NothingToDo
 from deploycc.passes._static_options import StaticOptions
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from deploycc.passes._consumers import Reader
     from deploycc.passes._learn_rounding import Layer, Learned
 
+INSTEAD = "use quantize-static in its place"
 WORST = 5  # layers that the receipt's note names
 
 
@@ -34,13 +36,6 @@ class LearnRounding(StaticOptions):
     """quantize-static with learned rounding: somewhat more accurate, the same speed and size, minutes instead of seconds.
 
     Attributes:
-        calibration: how activation ranges are chosen; none = as the target says.
-        percentile: share of values that percentile calibration keeps on each side, in percent.
-        clip_weights: choose each weight scale by least squared error instead of by the largest weight.
-        keep_sums: round kernels over few channels so that the sum of their taps survives, where learning finds nothing better.
-        correct_bias: take the mean error that rounding the weights makes out of the biases, before they are learned.
-        skip: names of operators to leave in float.
-        islands: keep or measured, as in quantize-static.
         steps: of learning, for each operator.
         batch: rows in each step.
         rows: of each operator's input, drawn from the calibration samples.
@@ -76,7 +71,7 @@ class LearnRounding(StaticOptions):
         floats = {node.name or "": node for node in float_model.graph}
         settings = Settings(self.steps, self.batch, self.lr, self.weight)
         told: list[tuple[str, Learned]] = []
-        drawn = self._draw(float_model, model, artifact, context)
+        drawn, others = self._draw(float_model, model, artifact, context)
         done: set[str] = set()
         for index, reader in enumerate(drawn):
             codes = _codes_of(nodes[reader.name])
@@ -92,30 +87,31 @@ class LearnRounding(StaticOptions):
         named = ", ".join(f"{name} {found.before:.2g} → {found.after:.2g}" for name, found in won)
         mean = [float(np.mean(values)) for values in zip(*((found.before, found.after) for _, found in told), strict=True)]
         note = f"{len(told)} layers learned: {mean[0]:.2e} → {mean[1]:.2e} of their outputs' energy lost on average; most won: {named}"
+        rest = (f"rounded to nearest, not learned: {', '.join(others)}",) if others else ()
         losses: dict[str, Any] = {name: [found.before, found.after] for name, found in told}
-        return start.evolve(model, notes=(*start.notes, note), details={**start.details, "learned": losses})
+        return start.evolve(model, notes=(*start.notes, note, *rest), details={**start.details, "learned": losses})
 
     def alternatives(self) -> tuple[Pass, ...]:
         """More steps on more rows."""
         return (replace(self, steps=4 * self.steps, rows=2 * self.rows),) if self.steps < 1200 else ()
 
-    def _draw(self, float_model: ir.Model, model: ir.Model, artifact: Artifact, context: Context) -> list[Reader]:
-        """Rows of what every integer operator reads in the float graph."""
-        from deploycc.passes._consumers import readers
+    def _draw(self, float_model: ir.Model, model: ir.Model, artifact: Artifact, context: Context) -> tuple[list[Reader], list[str]]:
+        """Rows of what the integer operators read in the float graph, and the operators whose rows cannot be drawn. Raises NothingToDo."""
+        from deploycc.passes._consumers import watch
         from deploycc.passes._placement import HEAVY, Placement
-        from deploycc.passes._static_job import tapped
+        from deploycc.passes._static_job import calls, tapped
 
         integer = tuple(node.name or "" for node in model.graph if node.op_type in HEAVY and _dequantizes(node.inputs[1]))
-        found = readers(float_model.graph, Placement(integer, {}, ()))
-        names = list(dict.fromkeys(reader.source for reader in found))
-        run, random = tapped(float_model, names), np.random.default_rng(context.seed)
-        total = len(context.data.part("calibration"))
+        total = calls(artifact, context)
+        drawing = watch(float_model.graph, Placement(integer, {}, ()), total, context.seed, self.rows)
+        if not drawing.found:
+            raise NothingToDo(f"learn-rounding learns convolutions over two axes and products, and {artifact.source} has none", fix=INSTEAD)
+        run = tapped(float_model, drawing.sources)
         for done, feeds in enumerate(context.data.calibration(artifact), 1):
-            tensors = dict(zip(names, run(feeds), strict=True))
-            for reader in found:
-                reader.take(tensors[reader.source], max(1, -(-self.rows // total)), random)
+            drawing.take(dict(zip(drawing.sources, run(feeds), strict=True)))
             context.progress("rows of every operator", done, total)
-        return found
+        drawn = {reader.name for reader in drawing.found}
+        return drawing.found, [name for name in integer if name not in drawn]
 
 
 def _dequantizes(value: ir.Value | None) -> bool:

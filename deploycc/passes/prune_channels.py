@@ -35,6 +35,7 @@ from typing import Any, ClassVar, Literal
 
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import LOSSY, Context, Effect, Pass
+from deploycc.core.timing import clock
 from deploycc.errors import PreconditionError
 
 GOALS = ("ratio", "macs", "params", "latency")
@@ -103,6 +104,10 @@ class PruneChannels(Pass):
     def looks_ahead(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """A latency depends on what the passes after this one make of the model."""
         return self.latency is not None
+
+    def depends_on(self, context: Context) -> str:
+        """The clock that a latency is measured by."""
+        return clock(context) if self.latency is not None else ""
 
     def requires(self, artifact: Artifact, context: Context) -> None:
         """One goal, a float module, data for the criterion and for recovery, a machine to measure on."""

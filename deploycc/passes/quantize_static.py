@@ -17,18 +17,7 @@ from deploycc.passes._static_options import StaticOptions
 
 @dataclass(frozen=True)
 class QuantizeStatic(StaticOptions):
-    """Integer weights and activations, with ranges from calibration data.
-
-    Attributes:
-        calibration: how activation ranges are chosen; none = as the target says.
-        percentile: share of values that percentile calibration keeps on each side, in percent.
-        clip_weights: choose each weight scale by least squared error instead of by the largest weight.
-        keep_sums: round kernels over few channels so that the sum of their taps survives.
-        correct_bias: take the mean error that rounding the weights makes out of the biases.
-        skip: names of operators to leave in float.
-        islands: keep = integers wherever the rules allow them; measured = what the clock says is faster in float is put back, on the
-            target's own machine only. Another compile may then choose otherwise.
-    """
+    """Integer weights and activations, with ranges from calibration data."""
 
     name: ClassVar[str] = "quantize-static"
 

@@ -110,6 +110,14 @@ def test_without_a_clock_it_is_refused():
     with pytest.raises(PreconditionError, match="islands=measured needs the times of operators on target 't'"):
         QuantizeStatic(islands="measured")(artifact, context(artifact))
     assert QuantizeStatic(islands="measured").looks_ahead
+    slow, fast = (
+        replace(ctx, target=ctx.target.model_copy(update={"bench": ctx.target.bench.model_copy(update={"threads": threads})}))
+        for ctx in [context(artifact)]
+        for threads in (1, 2)
+    )
+    asked = QuantizeStatic(islands="measured")
+    assert asked.depends_on(slow) != asked.depends_on(fast)  # another clock decides for itself
+    assert QuantizeStatic().depends_on(slow) == QuantizeStatic().depends_on(fast) == ""
     assert QuantizeStatic().faster() == (QuantizeStatic(islands="measured"),)
     assert QuantizeStatic(islands="measured").faster() == ()
 

@@ -5,6 +5,7 @@ import pytest
 from onnx import helper
 from test_quantize_static import context, make, outputs, residual, tensor
 
+from deploycc.errors import NothingToDo
 from deploycc.passes._learn_rounding import Layer, Settings, learn
 from deploycc.passes._placement import bounds_after
 from deploycc.passes.learn_rounding import LearnRounding
@@ -27,17 +28,26 @@ def test_taps_that_see_the_same_value_round_to_the_right_sum():
     assert found.codes.ravel().tolist() == [1, 0]
     assert found.before == pytest.approx(1.0)  # everything is lost
     assert found.after == pytest.approx((0.2 / 0.8) ** 2, rel=1e-3)
-    opposite = same * np.array([1, -1])
-    opposite[:, 0] *= 2
-    kept = learn(layer([[0.45, 0.35]], opposite), SETTINGS, np.zeros((1, 1, 2), np.float32), 0)
-    assert kept.after <= kept.before
+
+
+def test_roundings_that_learning_does_not_beat_are_kept():
+    """x = (2, −1)·v: of 0.55·v, nearest loses all and both up 0.45·v; one step is too few to find that out, and it was there before."""
+    v = np.random.default_rng(0).normal(size=(200, 1))
+    once = Settings(steps=1, batch=64, lr=0.05, weight=20.0)
+    kept = learn(layer([[0.45, 0.35]], v * np.array([2, -1])), once, np.ones((1, 1, 2), np.float32), 0)
+    assert kept.codes.ravel().tolist() == [1, 1]
+    assert kept.after == kept.before == pytest.approx((0.45 / 0.55) ** 2, rel=1e-4)
 
 
 def test_what_the_activation_cuts_off_does_not_count():
     rows = np.abs(np.random.default_rng(0).normal(size=(200, 1)))
-    found = learn(layer([[-0.4], [1.4]], rows, bounds=(0.0, np.inf)), SETTINGS, np.array([[[0.0], [1.0]]], np.float32), 0)
+    codes = np.array([[[0.0], [1.0]]], np.float32)
+    found = learn(layer([[-0.4], [1.4]], rows, bounds=(0.0, np.inf)), SETTINGS, codes, 0)
     assert found.after <= found.before
     assert found.codes[0, 0, 0] in (-1, 0)
+    assert found.before == pytest.approx(0.4**2 / 1.4**2, rel=1e-4)  # the first output is 0 either way
+    plain = learn(layer([[-0.4], [1.4]], rows), SETTINGS, codes, 0)
+    assert plain.before == pytest.approx(2 * 0.4**2 / (1.4**2 + 0.4**2), rel=1e-4)
 
 
 def test_the_bias_takes_what_no_rounding_can():
@@ -90,6 +100,18 @@ def test_less_is_lost_than_by_nearest_rounding(coarse, share):
     wanted = outputs(artifact, feeds)
     lost = [np.sum((wanted - outputs(made, feeds)) ** 2) for made in (plain, learned)]
     assert lost[1] < share * lost[0]
+
+
+def test_what_cannot_be_learned_is_named_and_nothing_at_all_is_refused():
+    line = [helper.make_node("Conv", ["x", "w"], ["c"], "line", auto_pad="SAME_UPPER")]
+    product = helper.make_node("MatMul", ["c", "v"], ["y"], "product")
+    artifact = make([*line, product], [tensor("w", 4, 3, 3, 3), tensor("v", 8, 5)])
+    after = LearnRounding(steps=5, rows=64)(artifact, context(artifact))
+    assert list(after.details["learned"]) == ["product"]
+    assert after.notes[-1] == "rounded to nearest, not learned: line"
+    alone = make([helper.make_node("Conv", ["x", "w"], ["y"], "line", auto_pad="SAME_UPPER")], [tensor("w", 4, 3, 3, 3)])
+    with pytest.raises(NothingToDo, match="learn-rounding learns convolutions over two axes and products, and test has none"):
+        LearnRounding(steps=5, rows=64)(alone, context(alone))
 
 
 def test_the_same_seed_gives_the_same_bytes():

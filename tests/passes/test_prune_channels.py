@@ -229,6 +229,8 @@ def test_a_latency_is_reached_where_it_costs_least():
     assert any("asked" in note for note in after.notes)
     assert PruneChannels(latency=0.5).looks_ahead
     assert not PruneChannels(macs=0.5).looks_ahead
+    assert PruneChannels(macs=0.5).depends_on(context()) == ""
+    assert '"threads": 1' in PruneChannels(latency=0.5).depends_on(context())
 
 
 def test_a_latency_out_of_reach_names_the_one_in_reach():

@@ -8,8 +8,8 @@ from onnx import TensorProto, helper, numpy_helper
 from deploycc.errors import UnsupportedError
 from deploycc.forms import onnx as form
 from deploycc.passes._held_pairs import held_codes, hold_pairs
-from deploycc.passes._madd import kernel_matrix
-from deploycc.passes._saturation import _run, convolution, excess, madd, may_saturate, predict, product, worth_it
+from deploycc.passes._madd import convolution, excess, kernel_matrix, madd, may_saturate, product
+from deploycc.passes._saturation import _run, predict, worth_it
 
 # --- a scalar model, written from Intel's description of the instruction
 
