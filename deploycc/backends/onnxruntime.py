@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SESSION = "onnxruntime"
+WEIGHT_ONLY = "MatMulNBits"
+INTEGER_LEVEL = 4
 KERNEL = "_kernel_time"  # how the runtime's profiler ends the names of operators
 # Operators of the runtime's optimized graph that multiply integers.
 INTEGER = frozenset(
@@ -149,19 +151,20 @@ def kernels_exist(artifact: Artifact, target: Target) -> list[Violation]:
 
 
 def coverage(model: ir.Model, quant: QuantInfo | None, path: Path) -> Coverage:
-    """Share of MACs in integer kernels, from the graph the runtime made of the file at `path`."""
+    """Share of MACs in integer kernels, from the graph the runtime made of the file at `path`; both branches of an If count."""
     from deploycc.forms._macs import infer_shapes, is_heavy, node_macs
+    from deploycc.forms.onnx import graphs
 
-    inferred, optimized = infer_shapes(model).graph, _optimized(path)
+    inferred, optimized = _nodes(infer_shapes(model)), _nodes(_optimized(path))
     shapes = {value.name: value.shape for node in inferred for value in node.outputs if value.shape is not None}
-    shapes |= {value.name: value.shape for value in model.graph.inputs}
+    shapes |= {value.name: value.shape for graph in graphs(model) for value in graph.inputs}
     # The total is the written model's: where the runtime fuses in float, it makes tensors that have no shape.
     total = _sum(node_macs(node) for node in inferred if is_heavy(node.op_type))
     integers: list[int | None] = []
     left: list[tuple[str, str]] = []
     reasons = dict(quant.left_float) if quant else {}
-    for node in optimized.graph:
-        if node.op_type in INTEGER:
+    for node in optimized:
+        if _multiplies_integers(node):
             _fill_shapes(node, shapes)
             integers.append(node_macs(node))
         elif is_heavy(node.op_type) and quant is not None:
@@ -171,6 +174,20 @@ def coverage(model: ir.Model, quant: QuantInfo | None, path: Path) -> Coverage:
     return Coverage(share, len(integers), tuple(left) if quant else (("every operator", "the artifact is float"),))
 
 
+def _nodes(model: ir.Model) -> list[Any]:
+    """Those of sub-graphs too."""
+    from deploycc.forms.onnx import graphs
+
+    return [node for graph in graphs(model) for node in graph]
+
+
+def _multiplies_integers(node: Any) -> bool:
+    """Whether both operands are integers: a MatMulNBits quantizes its input at accuracy level 4 only."""
+    if node.op_type == WEIGHT_ONLY:
+        return node.attributes.get_int("accuracy_level", 0) == INTEGER_LEVEL
+    return node.op_type in INTEGER
+
+
 def _sum(macs: Iterable[int | None]) -> int | None:
     """None when one of them is not known."""
     known = list(macs)
@@ -178,6 +195,8 @@ def _sum(macs: Iterable[int | None]) -> int | None:
 
 
 def _reason(node: Any, reasons: Mapping[str, str]) -> str:
+    if node.op_type == WEIGHT_ONLY:
+        return "integer weights, multiplied in float (accuracy_level below 4)"
     for label, reason in reasons.items():
         if label.split(" (")[0] in (node.name or ""):
             return reason

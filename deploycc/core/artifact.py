@@ -40,10 +40,10 @@ class QuantInfo:
     """What was really applied, not what was asked for.
 
     Attributes:
-        method: "static", "dynamic", "fx" or "qat".
-        weights: dtype of the weights.
+        method: "static", "dynamic", "weights" (block-wise), "fx" or "qat".
+        weights: dtype of the weights ("int4", "uint4" too).
         activations: dtype of the activations ("none" when they stay float).
-        per_channel: one weight scale per output channel.
+        per_channel: one weight scale per output channel, or several.
         reduce_range: weights use 7 of their 8 bits, so that u8×s8 pairs cannot saturate int16 on x86 without VNNI.
         calibration: how activation ranges were chosen, "none" for dynamic.
         left_float: (operator, reason) for every heavy operator that stayed in float.

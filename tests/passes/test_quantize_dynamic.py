@@ -138,31 +138,30 @@ def test_skip_leaves_an_operator_in_float():
 
 
 def test_what_stays_in_float_is_said():
-    body = """(float[5,2,16] x) => (float[5,2,32] y, float[5,1,2,4] h) {
-        h = LSTM<hidden_size=4>(x, lw, lr) a = MatMul(x, w) y = Add(a, v) }"""
-    weights = {"w": WEIGHTS["w"], "v": WEIGHTS["v"], "lw": np.ones((1, 16, 16), np.float32), "lr": np.ones((1, 16, 4), np.float32)}
-    artifact = onnx_artifact(graph(body, **weights))
+    body = """(float[5,2,16] x) => (float[5,2,32] y, float[5,1,2,4] h, float[5,2,16] c) {
+        h = GRU<hidden_size=4>(x, gw, gr) a = MatMul(x, w) y = Add(a, v) c = Conv(x, k) }"""
+    weights = {"w": WEIGHTS["w"], "v": WEIGHTS["v"], "gw": np.ones((1, 12, 16), np.float32), "gr": np.ones((1, 12, 4), np.float32)}
+    artifact = onnx_artifact(graph(body, **weights, k=np.ones((2, 2, 1), np.float32)))
     result = QuantizeDynamic()(artifact, context(artifact))
     assert result.quant is not None
-    assert [reason for _, reason in result.quant.left_float] == ["recurrent layers stay in float"]
+    assert [reason for _, reason in result.quant.left_float] == ["ONNX Runtime has no integer GRU", "convolutions need quantize-static"]
 
 
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        ("(float[2,16] x) => (float[2,16] y) { y = Relu(x) }", "it has no MatMul or Gemm"),
+        ("(float[2,16] x) => (float[2,16] y) { y = Relu(x) }", "it has no MatMul, Gemm or LSTM"),
         ("(float[2,16] x, float[16,3] z) => (float[2,3] y) { y = MatMul(x, z) }", "both of its inputs are activations"),
         ("(float[2,16] x) => (float[1,2,32] y) { y = MatMul(x, w3) }", "with 3 axes"),
         ("(float[2,16] x) => (float[2,32] y) { y = Gemm<alpha=2.0>(x, w) }", "alpha, beta or transA"),
-        (
-            """(float[2,16] x, bool f) => (float[2,32] y) { y = If(f) <then_branch = t() => (float[2,32] a) { a = MatMul(x, w) },
-            else_branch = e() => (float[2,32] b) { b = MatMul(x, w) }> }""",
-            "inside an If, Loop or Scan",
-        ),
+        ("(float[5,2,16] x, float[1,16,16] lw) => (float[5,1,2,4] y) { y = LSTM<hidden_size=4>(x, lw, lr) }", "weights are computed"),
+        ("(float[2,5,16] x) => (float[2,5,1,4] y) { y = LSTM<hidden_size=4, layout=1>(x, lv, lr) }", "the sequence before the batch"),
+        ("(float[5,2,16] x) => (float[5,1,2,4] y) { y = LSTM(x, lv, lr) }", "it does not say its hidden_size"),
     ],
 )
 def test_nothing_to_quantize(body: str, why: str):
-    artifact = onnx_artifact(graph(body, w=WEIGHTS["w"], w3=WEIGHTS["w"][None]))
+    lstm = {"lv": np.ones((1, 16, 16), np.float32), "lr": np.ones((1, 16, 4), np.float32)}
+    artifact = onnx_artifact(graph(body, w=WEIGHTS["w"], w3=WEIGHTS["w"][None], **lstm))
     with pytest.raises(NothingToDo, match=why):
         QuantizeDynamic()(artifact, context(artifact))
 
