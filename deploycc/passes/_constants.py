@@ -50,7 +50,7 @@ def fold_constants(model: ir.Model) -> None:
             _pool(model)
             if opset_of(model) >= RULES_OPSET:
                 RewritePass(_rules())(model)
-            common.IdentityEliminationPass()(model)
+            _skip_identities(model)
             common.RemoveUnusedNodesPass()(model)
             if _operators(model) == seen:
                 break
@@ -58,6 +58,24 @@ def fold_constants(model: ir.Model) -> None:
         common.DeduplicateInitializersPass()(model)
         common.CommonSubexpressionEliminationPass()(model)
         common.RemoveUnusedNodesPass()(model)
+
+
+def _skip_identities(model: ir.Model) -> None:
+    """Put x in place of Identity(x), but where it names an output of a branch for what another graph, or another output, holds."""
+    import onnx_ir as ir
+
+    for graph in graphs(model):
+        for node in [node for node in graph if node.op_type == "Identity" and node.domain == ""]:
+            given, out = node.inputs[0], node.outputs[0]
+            producer = None if given is None else given.producer()
+            named = out.is_graph_output()
+            if given is None or (named and (producer is None or producer.graph is not graph or given.is_graph_output())):
+                continue
+            given.shape, given.type = given.shape or out.shape, given.type or out.type
+            ir.convenience.replace_all_uses_with(out, given, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+            if named:
+                given.name = out.name
 
 
 def _may_fold(node: ir.Node) -> bool:

@@ -160,3 +160,16 @@ def test_classic_nets(path: Path):
 @pytest.mark.parametrize("path", light(quick=False), ids=lambda path: path.stem)
 def test_other_classic_nets(path: Path):
     check_classic(path)
+
+
+def test_a_branch_that_passes_an_outer_value_on_keeps_its_identity():
+    branches = "then_branch = through () => (float[2,4] p) { p = Identity(x) }, "
+    branches += "else_branch = other () => (float[2,4] q) { r = Add(x, x) q = Identity(r) }"
+    text = f"(float[2,4] x, bool c) => (float[2,4] y) {{ y = If(c) <{branches}> }}"
+    artifact = onnx_artifact(graph(text))
+    result = FOLD(artifact, context(artifact))
+    assert [[node.op_type for node in sub] for node in result.model.graph for sub in (a.as_graph() for a in node.attributes.values())] == [
+        ["Identity"],
+        ["Add"],
+    ]
+    assert drift([outputs(artifact)], [outputs(result)]).relative == 0
