@@ -44,7 +44,7 @@ class Made:
     how: str = ""
     open: Callable[[], Session] | None = None
     bytes: int = 0
-    seconds: float = math.nan
+    seconds: float | None = None
     runtime: str = "ONNX Runtime"
     problem: str = ""
     note: str = ""

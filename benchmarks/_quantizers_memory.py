@@ -38,8 +38,6 @@ FLAT = 1.10  # of the memory with few photos: beyond it, memory grows with their
 OURS = {
     "quantize-static": "quantize-static",
     "quantize-static on output-mse": "quantize-static{calibration=output-mse}",
-    "equalize-layers, quantize-static": "equalize-layers, quantize-static",
-    "smooth-activations, quantize-static": "smooth-activations, quantize-static",
     "learn-rounding (rows and learning, 1 step)": "learn-rounding{steps=1}",
 }
 PEERS: dict[str, dict[str, Any]] = {
@@ -115,8 +113,8 @@ def peak(job: Mapping[str, Any], folder: Path) -> tuple[float | None, str]:
 
 def row(name: str, found: Mapping[int, tuple[float | None, str]]) -> dict[str, Any]:
     """One line of the page: MB by number of photos, and whether they grow."""
-    values = [value for value, _ in found.values()]
-    if any(value is None for value in values):
+    values = [value for value, _ in found.values() if value is not None]
+    if len(values) < len(found):
         growth = next(why for value, why in found.values() if value is None)
         flat = False
     else:
@@ -152,7 +150,7 @@ def measure_memory(options: argparse.Namespace) -> int:
             rows.append({**row(name, found), "ours": "passes" in job, "model": given.name})
             print(rows[-1], flush=True)
     path = results / "quantizers.json"
-    document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"models": {}}
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"models": {}}
     document["memory"] = rows
     write(results, "quantizers", document, markdown(document))
     return int(any(row["ours"] and not row["flat"] for row in rows if "no pass" not in row["growth"]))

@@ -43,8 +43,6 @@ def parameters(settings, samples):
     advanced = {}
     if "smooth_quant" in settings:
         advanced["smooth_quant_alphas"] = nncf.AdvancedSmoothQuantParameters(**settings["smooth_quant"])
-    if "channel_alignment" in settings:
-        advanced["disable_channel_alignment"] = not settings["channel_alignment"]
     if "per_channel_activations" in settings:
         from nncf.quantization.advanced_parameters import QuantizationParameters
 

@@ -138,18 +138,19 @@ def cells(row: Mapping[str, Any], *, scores: bool) -> tuple[str, ...]:
         return (name, row["runtime"], row["problem"], *[DASH] * 7)
     quality, p50, ratio = row["quality"], row.get("p50_ms"), row.get("ratio")
     agreement = quality["agreement"] if scores else quality["cosine"]
+    noise = f"{float(quality['sqnr_db']):.1f}" + (f", {quality['broken']} broken" if quality["broken"] else "")
     flips = DASH if quality["right_to_wrong"] is None else f"{quality['right_to_wrong']} / {quality['wrong_to_right']}"
     return (
         name + (f" ({row['note']})" if row["note"] else ""),
         row["runtime"],
         DASH if agreement is None else (f"{agreement:.1%}" if scores else f"{agreement:.5f}"),
-        "exact" if row["side"] == FLOAT else f"{quality['sqnr_db']:.1f}" + (f", {quality['broken']} broken" if quality["broken"] else ""),
+        "exact" if row["side"] == FLOAT else noise,
         flips,
         DASH if quality["top1"] is None else f"{quality['top1']:.1%}",
         DASH if not p50 else f"{p50[0]:.2f}" + (f" [{p50[1]:.2f}, {p50[2]:.2f}]" if len(p50) > 1 else ""),
         DASH if not ratio else _interval(ratio),
         f"{row['bytes'] / 1e6:.2f}",
-        f"{row['seconds']:.1f}",
+        DASH if row["seconds"] is None else f"{row['seconds']:.1f}",
     )
 
 

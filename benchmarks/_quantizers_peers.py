@@ -34,6 +34,7 @@ BASELINE = "ORT u8s8 per-channel, min-max"
 LAST_WORDS = 300
 SCRIPT = Path(__file__).with_name("_quantizers_nncf.py")
 NNCF_SECONDS = 1800
+RUNTIMES = {"nncf-openvino": "OpenVINO", "torch-fx": "PyTorch"}
 SUFFIXES = {"nncf-openvino": "xml", "torch-fx": "pt"}
 STRIDE = 8  # calls whose tensors ONNX Runtime's histogram calibrators hold at a time
 
@@ -56,10 +57,11 @@ class Peer:
 def run_peer(case: Case, peer: Peer, folder: Path, python: Path | None) -> Made:
     """Quantize by `peer`, or say why that cannot be done."""
     how = ", ".join(f"{key}={value}" for key, value in peer.settings.items())
+    runtime = RUNTIMES.get(peer.tool, "ONNX Runtime")
     if problem := _impossible(case, peer):
-        return Made(peer.name, PEER, how, runtime="PyTorch", problem=f"skipped: {problem}")
+        return Made(peer.name, PEER, how, runtime=runtime, problem=f"skipped: {problem}")
     if peer.tool.startswith("nncf") and python is None:
-        return Made(peer.name, PEER, how, problem="skipped: --peers-python was not given")
+        return Made(peer.name, PEER, how, runtime=runtime, problem="skipped: --peers-python was not given")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug(peer.name)}.{SUFFIXES.get(peer.tool, 'onnx')}"
     key, notes = _key(case, peer, python), path.with_suffix(".json")
@@ -69,7 +71,7 @@ def run_peer(case: Case, peer: Peer, folder: Path, python: Path | None) -> Made:
         known = {"key": key, **_tried(case, peer, path, python)}
         notes.write_text(json.dumps(known), encoding="utf-8")
     if known["problem"]:
-        return Made(peer.name, PEER, how, seconds=known["seconds"], problem=known["problem"])
+        return Made(peer.name, PEER, how, seconds=known["seconds"], runtime=runtime, problem=known["problem"])
     if peer.tool == "nncf-openvino":
         assert python is not None
         return _openvino(case, peer, path, folder / f"{slug(BASELINE)}.onnx", python, known["seconds"])
@@ -256,7 +258,7 @@ def _openvino(case: Case, peer: Peer, path: Path, baseline: Path, python: Path, 
             ]
         timed = json.loads(times.read_text(encoding="utf-8"))
     except (RuntimeError, subprocess.TimeoutExpired) as error:
-        return Made(peer.name, PEER, how, seconds=seconds, runtime="OpenVINO", problem=f"failed: {_brief(str(error))}")
+        return Made(peer.name, PEER, how, seconds=seconds, runtime=RUNTIMES[peer.tool], problem=f"failed: {_brief(str(error))}")
     finally:
         for file in (calls, answers, times):
             file.unlink(missing_ok=True)

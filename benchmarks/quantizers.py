@@ -63,7 +63,6 @@ ABLATION = (
     Row("+ clip-weights", "quantize-static{calibration=minmax keep-sums=false correct-bias=false}"),
     Row("+ keep-sums", "quantize-static{calibration=minmax clip-weights=false correct-bias=false}"),
     Row("+ correct-bias", "quantize-static{calibration=minmax clip-weights=false keep-sums=false}"),
-    Row("+ equalize-layers", f"equalize-layers, quantize-static{{calibration=minmax {NONE}}}"),
     Row("+ percentile", f"quantize-static{{calibration=percentile {NONE}}}"),
     Row("+ entropy", f"quantize-static{{calibration=entropy {NONE}}}"),
     Row("+ mse", f"quantize-static{{calibration=mse {NONE}}}"),
@@ -74,19 +73,13 @@ ABLATION = (
     Row("… without keep-sums", "quantize-static{keep-sums=false}"),
     Row("… without correct-bias", "quantize-static{correct-bias=false}"),
     Row("… on output-mse", "quantize-static{calibration=output-mse}"),
-    Row("equalize-layers, quantize-static", f"equalize-layers, {STATIC}"),
-    Row("smooth-activations, quantize-static", f"smooth-activations, {STATIC}"),
-    Row("equalize-layers, quantize-static on output-mse", "equalize-layers, quantize-static{calibration=output-mse}"),
     Row("quantize-static, islands measured", "quantize-static{islands=measured}"),
     Row("learn-rounding", "learn-rounding{steps=300 rows=1024}", slow=True),
-    Row("equalize-layers, learn-rounding", "equalize-layers, learn-rounding{steps=300 rows=1024}", slow=True),
 )
 ABLATION_ARRAYS = (
     Row("quantize-dynamic", "quantize-dynamic"),
     Row("quantize-dynamic, 8 outliers", "quantize-dynamic{outliers=8}"),
     Row("quantize-static", STATIC),
-    Row("smooth-activations, quantize-static", f"smooth-activations, {STATIC}"),
-    Row("equalize-layers, quantize-static", f"equalize-layers, {STATIC}"),
     Row("quantize-static, islands measured", "quantize-static{islands=measured}"),
     Row("quantize-static, quantize-dynamic", f"{STATIC}, quantize-dynamic"),
     Row("quantize-weights, 8 bits", "quantize-weights{bits=8}"),
@@ -105,7 +98,7 @@ NNCF = {
     "NNCF default": {},
     "NNCF mixed": {"preset": "mixed"},
     "NNCF full bias correction": {"fast_bias_correction": False},
-    "NNCF mixed, full bias correction, channel alignment": {"preset": "mixed", "fast_bias_correction": False, "channel_alignment": True},
+    "NNCF mixed, full bias correction": {"preset": "mixed", "fast_bias_correction": False},
     # NNCF smooths only what it takes for a transformer.
     "NNCF SmoothQuant": {"model_type": "transformer", "smooth_quant": {"convolution": 0.5, "matmul": 0.95}},
 }
@@ -197,13 +190,14 @@ def measure_all(options: argparse.Namespace) -> int:
     """Every model, written when it is there; models of an earlier run stay. Exit status 1 if a bar is not met."""
     photos, folder = real_photos(), results_folder()
     path = folder / f"{NAME}.json"
-    document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"models": {}}
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"models": {}}
     document["photos"] = photos.sources
     document["peers"] = versions_of(str(options.peers_python)) if options.peers_python else document.get("peers", "not installed")
     settings = Bench(threads=THREADS, min_seconds=0.4 if options.quick else 2.0, min_runs=10 if options.quick else 40)
     met = True
     for given in options.models:
         with tempfile.TemporaryDirectory() as scratch:
+            found: dict[str, Any]
             try:
                 case = prepare(_ready(given, options), photos, options.folder / given.name, options.judge)
                 found = compare(case, line_up(case, options, photos, Path(scratch)), settings, folder)

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploycc.passes._products import columns, graph_of, insert, is_turned, stored, take_over
+from deploycc.passes._products import MICROSOFT, columns, graph_of, insert, is_turned, stored, take_over
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from deploycc.core.target import Quant
 
-MICROSOFT = "com.microsoft"
 LSTM_INPUTS = 8  # X, W, R, B, sequence_lens, initial_h, initial_c, P
 TABLE_MOST = 127
 
@@ -48,8 +47,7 @@ class Writer:
         import onnx_ir as ir
 
         given = node.inputs[0]
-        if given is None:
-            raise ValueError(f"{node.name} has no input")
+        assert given is not None
         channels = tuple(self.outliers.get(given.name or "", ()))
         kept, few = self._parted(given, node, channels) if channels else (given, None)
         x, x_scale, x_zero = self._activation(kept, node)
@@ -72,8 +70,7 @@ class Writer:
         from deploycc.passes._qdq import weight_scales
 
         table, index = node.inputs[0], node.inputs[1]
-        if table is None or table.const_value is None or index is None:
-            raise ValueError(f"{node.name} has no table")
+        assert table is not None and table.const_value is not None and index is not None  # noqa: PT018  (`is_embedding` has looked)
         array = table.const_value.numpy()
         scales = weight_scales(array, 0, TABLE_MOST, clip=False).reshape(-1, 1)
         codes = np.clip(np.rint(array / scales), -TABLE_MOST, TABLE_MOST).astype(np.int8)
@@ -88,8 +85,7 @@ class Writer:
 
         inputs = [*node.inputs, *[None] * (LSTM_INPUTS - len(node.inputs))]
         w, r = inputs[1], inputs[2]
-        if w is None or r is None:
-            raise ValueError(f"{node.name} has no weights")
+        assert w is not None and r is not None  # noqa: PT018  (an LSTM has both)
         codes, scales, zeros = zip(self._gates(w), self._gates(r), strict=True)
         inputs[1:3] = codes
         inputs += [scales[0], zeros[0], scales[1], zeros[1]]
@@ -100,8 +96,7 @@ class Writer:
 
     def _gates(self, value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """(integers, scales, zero points) of an LSTM's weight (directions, 4·hidden, inputs)."""
-        if value.const_value is None:
-            raise ValueError(f"{value.name} is not constant")
+        assert value.const_value is not None  # the pass takes no LSTM without constant weights
         array = value.const_value.numpy()
         directions, gates, _ = array.shape
         rows = array.reshape(directions * gates if self.quant.per_channel else directions, -1)
@@ -140,8 +135,7 @@ class Writer:
         key = (id(reader.graph), value.name or "")
         if key not in self._split:
             weight = reader.inputs[1]
-            if weight is None:
-                raise ValueError(f"{reader.name} has no weight")
+            assert weight is not None
             keep = np.ones(columns(reader).shape[0], np.float32)
             keep[list(channels)] = 0
             kept = insert(reader, "Mul", [value, stored(weight, f"{value.name}_inliers", keep)], "inliers")
@@ -155,8 +149,7 @@ class Writer:
     def _float_part(self, node: ir.Node, few: ir.Value, channels: Sequence[int]) -> ir.Value:
         """The product of the outlier channels."""
         weight = node.inputs[1]
-        if weight is None:
-            raise ValueError(f"{node.name} has no weight")
+        assert weight is not None
         rows = stored(weight, f"{node.name}_outlier_weight", np.ascontiguousarray(columns(node)[list(channels)]))
         value = insert(node, "MatMul", [few, rows], "outlier_MatMul")
         value.shape = node.outputs[0].shape
@@ -165,8 +158,7 @@ class Writer:
     def _weight(self, node: ir.Node, channels: tuple[int, ...]) -> tuple[ir.Value, ir.Value, ir.Value]:
         """(integer K×N weight with zeros at `channels`, scales, zero points), made once per weight."""
         value = node.inputs[1]
-        if value is None:
-            raise ValueError(f"{node.name} has no weight")
+        assert value is not None
         key = (value, is_turned(node), channels)
         if key in self._weights:
             return self._weights[key]

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploycc.errors import DataError
-
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -29,26 +27,18 @@ def outlier_channels(
     model: ir.Model, tensors: Collection[str], most: int, artifact: Artifact, context: Context
 ) -> dict[str, tuple[int, ...]]:
     """Tensor → its outlier channels (of the last axis), over the calibration samples. Raises DataNeeded, and DataError for NaN or Inf."""
-    from deploycc.passes._static_job import tapped
+    from deploycc.passes._static_job import observe
 
     names = sorted(tensors)
-    run = tapped(model, names)
     low: dict[str, np.ndarray] = {}
     high: dict[str, np.ndarray] = {}
-    total = len(context.data.part("calibration"))
-    for done, feeds in enumerate(context.data.calibration(artifact), 1):
-        for name, values in zip(names, run(feeds), strict=True):
-            if not np.isfinite(values).all():
-                raise DataError(
-                    f"calibration sample {done} of {total} makes tensor '{name}' NaN or Inf",
-                    fix="check the sample and the model in float; remove the sample if it is damaged",
-                )
+    for found in observe(model, names, artifact, context, "outlier channels"):
+        for name, values in found.items():
             rows = values.reshape(-1, values.shape[-1])
             low[name] = np.minimum(low.get(name, 0.0), rows.min(axis=0, initial=0.0))
             high[name] = np.maximum(high.get(name, 0.0), rows.max(axis=0, initial=0.0))
-        context.progress("finding outlier channels", done, None)
-    found = {name: pick(low[name], high[name], most) for name in names}
-    return {name: channels for name, channels in found.items() if channels}
+    picked = {name: pick(low[name], high[name], most) for name in names}
+    return {name: channels for name, channels in picked.items() if channels}
 
 
 def pick(low: np.ndarray, high: np.ndarray, most: int) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+QUANTIZED = frozenset({"QuantizeLinear", "MatMulInteger", "MatMulNBits", "DynamicQuantizeLSTM"})
 EMBEDDING_ELEMENTS = 4096  # a smaller table is not worth two more operators
 
 
@@ -36,10 +38,9 @@ def obstacle(node: ir.Node) -> str | None:
 
 
 def columns(node: ir.Node) -> np.ndarray:
-    """The weight of a product as (inputs, outputs), whichever way it is stored. Raises ValueError where it is not constant."""
+    """The constant weight of a product as (inputs, outputs), whichever way it is stored."""
     weight = node.inputs[1]
-    if weight is None or weight.const_value is None:
-        raise ValueError(f"{node.name} has no constant weight")  # `obstacle` leaves such a node in float
+    assert weight is not None and weight.const_value is not None  # noqa: PT018  (`obstacle` has looked)
     array = weight.const_value.numpy()
     return array.T if is_turned(node) else array
 
@@ -82,8 +83,7 @@ def graph_of(node: ir.Node) -> ir.Graph:
     """The graph that a node is in."""
     import onnx_ir as ir
 
-    if not isinstance(node.graph, ir.Graph):
-        raise ValueError(f"{node.name} is in no graph")
+    assert isinstance(node.graph, ir.Graph)
     return node.graph
 
 
@@ -93,8 +93,7 @@ def stored(near: ir.Value, name: str, array: np.ndarray) -> ir.Value:
 
     from deploycc.passes._fold_graph import constant
 
-    if not isinstance(near.graph, ir.Graph):
-        raise ValueError(f"{near.name} is in no graph")
+    assert isinstance(near.graph, ir.Graph)
     return constant(near.graph, name, array)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,30 +133,19 @@ class Job:
         histograms = {name: Histogram(keep_counts=self.method not in ("minmax", "moving-average")) for name in ranged}
         weighted = weighted_inputs(self.model.graph, placement) if self.options.correct_bias else {}
         means = {name: Mean(axis) for name, axis in weighted.items()}
-        total = len(context.data.part("calibration"))
         if self.method == "output-mse":
             self._outputs = watch(self.model.graph, placement, calls(artifact, context), context.seed)
         names = list(dict.fromkeys([*histograms, *means, *(self._outputs.sources if self._outputs else ())]))
-        run = tapped(self.model, names)
-        for done, feeds in enumerate(context.data.calibration(artifact), 1):
-            artifact.signature.check(feeds)
-            tensors = dict(zip(names, run(feeds), strict=True))
+        for tensors in observe(self.model, names, artifact, context, "calibration"):
             for name, values in tensors.items():
-                try:
-                    _take(values, histograms.get(name), means.get(name))
-                except ValueError:
-                    raise DataError(
-                        f"calibration sample {done} of {total} makes tensor '{name}' NaN or Inf",
-                        fix="check the sample and the model in float; remove the sample if it is damaged",
-                    ) from None
+                _take(values, histograms.get(name), means.get(name))
             if self._outputs is not None:
                 self._outputs.take(tensors)
-            context.progress("calibration", done, total)
         return histograms, {name: mean.value for name, mean in means.items()}
 
 
 def _take(values: np.ndarray, histogram: Histogram | None, mean: Mean | None) -> None:
-    """Add one call's tensor to its statistics. Raises ValueError for NaN or Inf."""
+    """Add one call's tensor to its statistics."""
     if values.size == 0:
         return
     if histogram is not None:
@@ -170,6 +159,22 @@ def calls(artifact: Artifact, context: Context) -> int:
     from deploycc.core.data import batch_size
 
     return -(-len(context.data.part("calibration")) // batch_size(artifact.signature))
+
+
+def observe(model: ir.Model, names: Sequence[str], artifact: Artifact, context: Context, what: str) -> Iterator[dict[str, np.ndarray]]:
+    """The tensors called `names`, call after call over the calibration samples; `what` names the step. Raises DataError for NaN or Inf."""
+    run, total = tapped(model, list(names)), calls(artifact, context)
+    for done, feeds in enumerate(context.data.calibration(artifact), 1):
+        artifact.signature.check(feeds)
+        tensors = dict(zip(names, run(feeds), strict=True))
+        for name, values in tensors.items():
+            if not np.isfinite(values).all():
+                raise DataError(
+                    f"calibration sample {done} of {total} makes tensor '{name}' NaN or Inf",
+                    fix="check the sample and the model in float; remove the sample if it is damaged",
+                )
+        yield tensors
+        context.progress(what, done, total)
 
 
 def tapped(model: ir.Model, names: list[str]) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:

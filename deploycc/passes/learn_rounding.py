@@ -99,17 +99,14 @@ class LearnRounding(StaticOptions):
         """Rows of what the integer operators read in the float graph, and the operators whose rows cannot be drawn. Raises NothingToDo."""
         from deploycc.passes._consumers import watch
         from deploycc.passes._placement import HEAVY, Placement
-        from deploycc.passes._static_job import calls, tapped
+        from deploycc.passes._static_job import calls, observe
 
         integer = tuple(node.name or "" for node in model.graph if node.op_type in HEAVY and _dequantizes(node.inputs[1]))
-        total = calls(artifact, context)
-        drawing = watch(float_model.graph, Placement(integer, {}, ()), total, context.seed, self.rows)
+        drawing = watch(float_model.graph, Placement(integer, {}, ()), calls(artifact, context), context.seed, self.rows)
         if not drawing.found:
             raise NothingToDo(f"learn-rounding learns convolutions over two axes and products, and {artifact.source} has none", fix=INSTEAD)
-        run = tapped(float_model, drawing.sources)
-        for done, feeds in enumerate(context.data.calibration(artifact), 1):
-            drawing.take(dict(zip(drawing.sources, run(feeds), strict=True)))
-            context.progress("rows of every operator", done, total)
+        for tensors in observe(float_model, drawing.sources, artifact, context, "rows of every operator"):
+            drawing.take(tensors)
         drawn = {reader.name for reader in drawing.found}
         return drawing.found, [name for name in integer if name not in drawn]
 

@@ -45,7 +45,6 @@ REASONS = {
     "GRU": "ONNX Runtime has no integer GRU",
     "RNN": "ONNX Runtime has no integer RNN",
 }
-QUANTIZED = frozenset({"QuantizeLinear", "MatMulInteger", "MatMulNBits", "DynamicQuantizeLSTM"})
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class QuantizeDynamic(Pass):
         """A graph at opset 11 or newer, in float but for what quantize-static did, with an LSTM or most work outside convolutions."""
         from deploycc.forms.onnx import graphs
         from deploycc.passes._opset import opset_of
+        from deploycc.passes._products import QUANTIZED
 
         opset = opset_of(artifact.model)
         if opset < LEAST_OPSET:
@@ -113,17 +113,18 @@ class QuantizeDynamic(Pass):
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Raises NothingToDo when there is no matrix product or LSTM with constant weights."""
         from deploycc.forms._macs import infer_shapes
-        from deploycc.passes._dynamic import MICROSOFT, Writer
-        from deploycc.passes._products import drop_unused, function_operators, is_embedding, is_product
+        from deploycc.passes._dynamic import Writer
+        from deploycc.passes._products import MICROSOFT, drop_unused, function_operators, is_embedding, is_product
         from deploycc.passes._tidy import complete_names
 
         quant = context.target.quant
         model = infer_shapes(artifact.model)
         complete_names(model)
         nodes = [node for graph in model.graphs() for node in graph]
-        left = [(f"{node.name} ({node.op_type})", reason) for node in nodes if (reason := self._obstacle(node, context))]
+        obstacles = [self._obstacle(node, context) for node in nodes]
+        left = [(f"{node.name} ({node.op_type})", reason) for node, reason in zip(nodes, obstacles, strict=True) if reason]
         left += function_operators(model)
-        taken = [node for node in nodes if self._obstacle(node, context) is None]
+        taken = [node for node, reason in zip(nodes, obstacles, strict=True) if reason is None]
         products = [] if _is_static(artifact) else [node for node in taken if is_product(node)]
         lstms = [node for node in taken if node.op_type == "LSTM"]
         tables = [node for node in nodes if self.embeddings and is_embedding(node) and node.name not in self.skip]
@@ -149,6 +150,9 @@ class QuantizeDynamic(Pass):
         notes = [f"{len(products)} matrix products in integers, their activations quantized at run time"] if products else []
         notes += [f"{len(lstms)} LSTM layers in integers, their inputs and states quantized at run time"] if lstms else []
         notes += [f"{len(tables)} embedding tables stored in int8"] if tables else []
+        notes += (
+            ["embeddings=true: the graph has no table of a Gather that is worth storing in int8"] if self.embeddings and not tables else []
+        )
         notes += self._told(outliers)
         notes += [f"left in float: {name}: {reason}" for name, reason in left]
         details = {"outliers": {name: list(channels) for name, channels in outliers.items()}} if outliers else {}

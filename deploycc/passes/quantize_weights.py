@@ -36,12 +36,10 @@ if TYPE_CHECKING:
 
     from deploycc.passes._blocks import Blocks
 
-MICROSOFT = "com.microsoft"
 LEAST_OPSET = 7  # Add broadcasts a bias
 BITS = (4, 8)
 BLOCKS = (16, 32, 64, 128, 256)
 LEVELS = (0, 4)
-QUANTIZED = frozenset({"QuantizeLinear", "MatMulInteger", "MatMulNBits", "DynamicQuantizeLSTM"})
 INTEGERS = 4  # the accuracy level at which activations are rounded too
 REASONS = {
     "Conv": "only matrix products have a kernel with block-wise weights",
@@ -94,6 +92,7 @@ class QuantizeWeights(Pass):
         """ONNX Runtime, a float graph at opset 7 or newer, operators in `skip` that exist."""
         from deploycc.forms.onnx import graphs
         from deploycc.passes._opset import opset_of
+        from deploycc.passes._products import QUANTIZED
 
         if context.target.backend != "onnxruntime":
             raise PreconditionError(
@@ -117,17 +116,19 @@ class QuantizeWeights(Pass):
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Raises NothingToDo when there is no matrix product (or table) with constant weights."""
         from deploycc.forms._macs import infer_shapes
-        from deploycc.passes._products import drop_unused, function_operators, is_embedding, is_product
+        from deploycc.passes._products import MICROSOFT, drop_unused, function_operators, is_embedding, is_product
         from deploycc.passes._tidy import complete_names
 
         model = infer_shapes(artifact.model)
         complete_names(model)
         nodes = [node for graph in model.graphs() for node in graph]
-        left = [(f"{node.name} ({node.op_type})", reason) for node in nodes if (reason := self._obstacle(node))]
+        obstacles = [self._obstacle(node) for node in nodes]
+        left = [(f"{node.name} ({node.op_type})", reason) for node, reason in zip(nodes, obstacles, strict=True) if reason]
         left += function_operators(model)
-        products = [node for node in nodes if is_product(node) and not self._obstacle(node)]
-        tables = [node for node in nodes if self.embeddings and is_embedding(node) and node.name not in self.skip]
-        tables = [node for node in tables if _columns_fit(node, self.bits)]
+        products = [node for node, reason in zip(nodes, obstacles, strict=True) if is_product(node) and not reason]
+        asked = [node for node in nodes if self.embeddings and is_embedding(node) and node.name not in self.skip]
+        tables = [node for node in asked if _columns_fit(node, self.bits)]
+        odd = [node for node in asked if node not in tables]
         if not products and not tables:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in left[:3]) or "it has no MatMul or Gemm"
             raise NothingToDo(f"quantize-weights finds nothing to quantize ({reasons})", fix="leave it out")
@@ -147,10 +148,13 @@ class QuantizeWeights(Pass):
             calibration="none",
             left_float=tuple(left),
         )
-        return artifact.evolve(model, quant=info, notes=tuple(self._notes(len(products), len(tables), left)))
+        notes = self._notes(len(products), len(tables), left)
+        notes += [f"table of {node.name} stays in float: its rows of {self.bits}-bit codes fill no whole bytes" for node in odd]
+        return artifact.evolve(model, quant=info, notes=tuple(notes))
 
     def _notes(self, products: int, tables: int, left: Sequence[tuple[str, str]]) -> list[str]:
         notes = [f"{products} matrix products with {self.bits}-bit weights in blocks of {self.block}"] if products else []
+        notes += ["embeddings=true: no table of a Gather could be stored in blocks"] if self.embeddings and not tables else []
         notes += [f"{tables} embedding tables with {self.bits}-bit weights in blocks of {self.block}"] if tables else []
         if self.bits == 8 and self.accuracy_level != INTEGERS:
             notes.append("ONNX Runtime has no kernel for 8-bit weights at accuracy-level 0 on x86: it makes floats of them in every call")
@@ -188,7 +192,7 @@ class _Writer:
 
     def product(self, node: ir.Node) -> None:
         """A MatMul or Gemm becomes MatMulNBits (and Add)."""
-        from deploycc.passes._products import columns, insert, take_over
+        from deploycc.passes._products import MICROSOFT, columns, insert, take_over
 
         inputs, outputs = columns(node).shape
         attributes = {"K": inputs, "N": outputs, **self._attributes(), "accuracy_level": self.options.accuracy_level}
@@ -201,11 +205,10 @@ class _Writer:
     def embedding(self, node: ir.Node) -> None:
         """A Gather of rows becomes GatherBlockQuantized."""
         from deploycc.passes._blocks import packed
-        from deploycc.passes._products import insert, stored, take_over
+        from deploycc.passes._products import MICROSOFT, insert, stored, take_over
 
         table, index = node.inputs[0], node.inputs[1]
-        if table is None or table.const_value is None:
-            raise ValueError(f"{node.name} has no table")
+        assert table is not None and table.const_value is not None  # noqa: PT018  (`is_embedding` has looked)
         blocks = self._blocks(table.const_value.numpy())
         width = table.const_value.shape[1]
         codes = blocks.codes.reshape(len(blocks.codes), -1)[:, :width]  # this operator's last block ends with the row
@@ -232,8 +235,7 @@ class _Writer:
         from deploycc.passes._products import columns, is_turned, stored
 
         value = node.inputs[1]
-        if value is None:
-            raise ValueError(f"{node.name} has no weight")
+        assert value is not None  # `obstacle` has looked
         key = (value, is_turned(node))
         if key not in self._weights:
             blocks = self._blocks(columns(node).T)

@@ -193,3 +193,10 @@ def test_skip_names_an_operator_that_is_not_there():
     with pytest.raises(UnknownName, match="no operator 'nn0'") as caught:
         QuantizeDynamic(skip=("nn0",))(artifact, context(artifact))
     assert "did you mean" in caught.value.fix
+
+
+def test_embeddings_without_a_table_is_said():
+    note = "embeddings=true: the graph has no table of a Gather that is worth storing in int8"
+    artifact = mlp()
+    assert note in QuantizeDynamic(embeddings=True)(artifact, context(artifact)).notes
+    assert note not in QuantizeDynamic()(artifact, context(artifact)).notes

@@ -117,6 +117,16 @@ def test_a_table_whose_rows_are_no_whole_bytes_stays():
         QuantizeWeights(embeddings=True)(artifact, context(artifact))
 
 
+def test_a_table_that_embeddings_cannot_take_is_told():
+    body = "(int64[N] i) => (float[N,8] y) { r = Gather(e, i) y = MatMul(r, w) }"
+    rows, weight = np.ones((300, 25), np.float32), np.ones((25, 8), np.float32)
+    artifact = onnx_artifact(graph(body, e=rows, w=weight))
+    notes = QuantizeWeights(embeddings=True)(artifact, context(artifact)).notes
+    assert "embeddings=true: no table of a Gather could be stored in blocks" in notes
+    assert any("its rows of 4-bit codes fill no whole bytes" in note for note in notes)
+    assert not any("table" in note for note in QuantizeWeights()(artifact, context(artifact)).notes)
+
+
 def test_a_weight_is_stored_once_for_all_its_readers():
     body = "(float[2,16] x) => (float[2,16] y) { a = MatMul(x, s) y = MatMul(a, s) }"
     artifact = onnx_artifact(graph(body, s=RNG.standard_normal((16, 16)).astype(np.float32)))
