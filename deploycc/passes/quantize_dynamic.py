@@ -132,6 +132,8 @@ class QuantizeDynamic(Pass):
             reasons = "; ".join(f"{name}: {reason}" for name, reason in left[:3]) or "it has no MatMul, Gemm or LSTM"
             raise NothingToDo(f"quantize-dynamic finds nothing to quantize ({reasons})", fix="leave it out, or use quantize-static")
         outliers = self._outliers(model, products, artifact, context)
+        split = [node for node in products if node.inputs[0] is not None and node.inputs[0].name in outliers]
+        left += [(f"{node.name}/outlier_MatMul (MatMul)", "outliers= keeps these channels in float") for node in split]
         writer = Writer(quant, outliers)
         for node in products:
             writer.product(node)

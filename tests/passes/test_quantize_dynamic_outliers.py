@@ -64,6 +64,8 @@ def test_outliers_in_float_save_the_others():
     assert gained > 20
     assert split.details == {"outliers": {"x": [5, 40]}}
     assert "2 outlier channels of 1 tensors are multiplied in float" in split.notes
+    assert split.quant is not None
+    assert split.quant.left_float == (("n0/outlier_MatMul (MatMul)", "outliers= keeps these channels in float"),)
     assert "inliers" not in " ".join(node.name or "" for node in plain.model.graph)
 
 
