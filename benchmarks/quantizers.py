@@ -73,13 +73,17 @@ ABLATION = (
     Row("… without keep-sums", "quantize-static{keep-sums=false}"),
     Row("… without correct-bias", "quantize-static{correct-bias=false}"),
     Row("… on output-mse", "quantize-static{calibration=output-mse}"),
+    Row("equalize-layers, quantize-static", f"equalize-layers, {STATIC}"),
+    Row("equalize-layers, quantize-static on output-mse", "equalize-layers, quantize-static{calibration=output-mse}"),
     Row("quantize-static, islands measured", "quantize-static{islands=measured}"),
     Row("learn-rounding", "learn-rounding{steps=300 rows=1024}", slow=True),
+    Row("equalize-layers, learn-rounding", "equalize-layers, learn-rounding{steps=300 rows=1024}", slow=True),
 )
 ABLATION_ARRAYS = (
     Row("quantize-dynamic", "quantize-dynamic"),
     Row("quantize-dynamic, 8 outliers", "quantize-dynamic{outliers=8}"),
     Row("quantize-static", STATIC),
+    Row("smooth-activations, quantize-static", f"smooth-activations, {STATIC}"),
     Row("quantize-static, islands measured", "quantize-static{islands=measured}"),
     Row("quantize-static, quantize-dynamic", f"{STATIC}, quantize-dynamic"),
     Row("quantize-weights, 8 bits", "quantize-weights{bits=8}"),
