@@ -135,6 +135,7 @@ class Pass(ABC):
     prepares: ClassVar[bool] = False  # before anything else it makes the float model that all that follows is compared with
     looks_ahead: ClassVar[bool] = False  # its result depends on the passes that follow (it measures what they will make)
     buys_accuracy: ClassVar[bool] = False  # asked for to be more accurate, and may cost time: the rule of shipping looks at both
+    eases_rounding: ClassVar[bool] = False  # exact, and of use only to a later pass that rounds: the float artifact goes without
     decided_by: ClassVar[frozenset[str]] = TARGET_PARTS  # the parts of the target that its result depends on: in the cache key too
 
     @property

@@ -69,7 +69,8 @@ class Pipeline:
         return Pipeline(steps)
 
     def _insert(self, step: Step, form: Form) -> Pipeline:
-        lossy = [index for index, other in enumerate(self.steps) if other.body.effect.tolerance is None]
+        bodies = [other.body for other in self.steps]
+        lossy = [index for index, body in enumerate(bodies) if body.effect.tolerance is None or body.eases_rounding]
         latest = lossy[0] if lossy and step.body.effect.tolerance is not None else len(self.steps)
         for place in [*range(latest, -1, -1), *range(latest + 1, len(self.steps) + 1)]:
             candidate = Pipeline((*self.steps[:place], step, *self.steps[place:]))
@@ -93,11 +94,12 @@ class Pipeline:
         return form
 
     def trimmed(self, form: Form) -> Pipeline:
-        """Without the leading passes of the target's own that a model arriving as `form` is already past.
+        """Without the passes of the target's own that are of no use to a model arriving as `form`.
 
-        An ONNX file skips fold and export of modules. A pass the user asked for is never dropped.
+        An ONNX file skips fold and export of modules; what eases rounding goes where nothing rounds. A pass the user asked for is never
+        dropped.
         """
-        steps = list(self.steps)
+        steps = [step for index, step in enumerate(self.steps) if step.asked or self._of_use(index)]
         while True:
             try:
                 Pipeline(tuple(steps)).check(form)
@@ -112,6 +114,11 @@ class Pipeline:
                 continue
             return Pipeline(tuple(steps))
 
+    def _of_use(self, index: int) -> bool:
+        """Whether a step that eases rounding has, after it, one that rounds to ranges seen in data."""
+        later = (step.body for step in self.steps[index + 1 :])
+        return not self.steps[index].body.eases_rounding or any(body.effect.tolerance is None and body.reads for body in later)
+
     def preparation(self) -> tuple[Pipeline, Pipeline]:
         """(the leading passes that make the float model which everything after is compared with, the rest)."""
         count = next((index for index, step in enumerate(self.steps) if not step.body.prepares), len(self.steps))
@@ -122,8 +129,9 @@ class Pipeline:
         return Pipeline(tuple(step for step in self.steps if "training" not in step.body.reads))
 
     def lossless(self) -> Pipeline:
-        """Without the lossy passes: what makes the float artifact that int8 has to beat."""
-        return Pipeline(tuple(step for step in self.steps if step.body.effect.tolerance is not None))
+        """Without the lossy passes and what eases them: what makes the float artifact that int8 has to beat."""
+        exact = (step for step in self.steps if step.body.effect.tolerance is not None)
+        return Pipeline(tuple(step for step in exact if not step.body.eases_rounding))
 
     def run(
         self,

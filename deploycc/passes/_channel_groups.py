@@ -14,6 +14,7 @@ then be clipped in channels where they were not (EfficientNet-Lite0 in float on 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,9 @@ from deploycc.passes._placement import is_constant
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-SAME = frozenset({"Relu", "LeakyRelu", "Identity", "Dropout", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"})
+SAME = frozenset({"Relu", "LeakyRelu", "Identity", "Dropout"})
+POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"})
+TO_ROWS = frozenset({"Flatten", "Reshape", "Squeeze", "ReduceMean"})
 SQUASHING = frozenset({"Sigmoid", "HardSigmoid", "Softmax", "Tanh"})  # what gates come from
 
 
@@ -94,26 +97,33 @@ class _Finder:
     """Union-find over tensor names."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
+        self._rules: dict[str, Callable[[ir.Node, ir.Value, ir.Value], bool]] = {
+            "Conv": self._conv,
+            "Gemm": self._product,
+            "MatMul": self._product,
+            "LayerNormalization": self._norm,
+            "Add": self._add,
+            "Mul": self._mul,
+            "PRelu": self._prelu,
+            "Pad": self._pad,
+            **dict.fromkeys(SAME, self._same),
+            **dict.fromkeys(POOLS, self._pool),
+            **dict.fromkeys(TO_ROWS, self._to_rows),
+        }
         self._parent: dict[str, str] = {}
         self._axis: dict[str, int] = {}
         self._channels: dict[str, int] = {}
         self._pinned: set[str] = set()
         self._writers: list[tuple[str, Writer]] = []
         self._readers: list[tuple[str, Reader]] = []
-        for value in (*graph.inputs, *graph.outputs):
+        for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):  # a constant is read as it is
             self._pin(value)
 
     def visit(self, node: ir.Node) -> None:
         """Take one node in."""
         x, y = node.inputs[0] if node.inputs else None, _out(node)
         if node.domain == "" and len(node.outputs) >= 1 and x is not None and not _subgraphs(node):
-            rule = {"Conv": self._conv, "Gemm": self._product, "MatMul": self._product, "LayerNormalization": self._norm}.get(node.op_type)
-            rule = rule or {"Add": self._add, "Mul": self._mul, "PRelu": self._prelu, "Pad": self._pad}.get(node.op_type)
-            if rule is None and node.op_type in SAME:
-                rule = self._same
-            if rule is None and node.op_type in ("Flatten", "Reshape", "Squeeze", "ReduceMean"):
-                rule = self._to_rows
+            rule = self._rules.get(node.op_type)
             if rule is not None and rule(node, x, y):
                 for value in node.outputs[1:]:
                     self._pin(value)
@@ -221,6 +231,11 @@ class _Finder:
         self._join(x, y)
         return True
 
+    def _pool(self, node: ir.Node, x: ir.Value, y: ir.Value) -> bool:
+        self._at(x, 1)
+        self._at(y, 1)
+        return self._same(node, x, y)
+
     def _to_rows(self, node: ir.Node, x: ir.Value, y: ir.Value) -> bool:
         """N×C×1×1 to N×C, and the mean over the places of N×C×H×W."""
         if x.shape is None or y.shape is None or len(x.shape) != 4 or len(y.shape) not in (2, 4):
@@ -288,8 +303,8 @@ def _out(node: ir.Node) -> ir.Value:
 
 
 def _own(value: ir.Value | None) -> bool:
-    """Whether it is a float32 constant that one place alone reads."""
-    if not is_constant(value) or value is None or value.const_value is None or value.is_graph_output():
+    """Whether it is a float32 initializer that one place alone reads."""
+    if not is_constant(value) or value is None or value.const_value is None or value.producer() is not None or value.is_graph_output():
         return False
     return value.const_value.numpy().dtype == np.float32 and len(list(value.uses())) == 1
 

@@ -32,6 +32,7 @@ class ChannelScaling(Pass):
 
     consumes: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
     effect: ClassVar = CLOSE(1e-3)
+    eases_rounding: ClassVar[bool] = True
     decided_by: ClassVar[frozenset[str]] = frozenset({"quant"})
     reads: ClassVar[frozenset[str]] = frozenset({"calibration"})
 

@@ -152,6 +152,24 @@ def test_a_pass_the_user_asked_for_is_never_dropped():
         asked.trimmed(Form.ONNX).check(Form.ONNX)
 
 
+EASED = "fold-constants, equalize-layers, quantize-static"
+
+
+def test_what_eases_rounding_goes_with_the_pass_that_rounds():
+    def left(edit: str) -> str:
+        return str(Pipeline.parse(EASED).edit(edit, Form.ONNX).trimmed(Form.ONNX))
+
+    assert left("+update-opset").endswith("equalize-layers, quantize-static")
+    assert left("-quantize-static") == "fold-constants"
+    assert left("-quantize-static, +quantize-weights") == "fold-constants, quantize-weights"
+    assert left("-quantize-static, +learn-rounding") == "fold-constants, equalize-layers, learn-rounding"
+    assert left("fold-constants, equalize-layers") == "fold-constants, equalize-layers"  # asked for
+
+
+def test_the_float_artifact_goes_without_what_eases_rounding():
+    assert str(Pipeline.parse(EASED).lossless()) == "fold-constants"
+
+
 # --- edits
 
 

@@ -55,6 +55,7 @@ def test_every_pass_has_a_receipt(compiled):
         "export-onnx",
         "update-opset",
         "fold-constants",
+        "equalize-layers",
         "quantize-static",
     ]
     quantized = receipts[-1]

@@ -19,7 +19,7 @@ CONVS = {"w1": some(4, 3, 1, 1), "b1": some(4), "w2": some(5, 4, 1, 1)}
 
 
 def found(body: str, **weights: np.ndarray) -> list[Group]:
-    model = infer_shapes(onnx_artifact(graph(body, **weights)).model)
+    model = infer_shapes(onnx_artifact(graph(body, opset=20, **weights)).model)
     complete_names(model)
     return groups(model.graph)
 
@@ -144,3 +144,24 @@ def test_what_a_branch_reads_is_pinned():
         " z = If(c) <then_branch = t () => (float[1,4,6,6] u) { u = Neg(r) }, else_branch = e () => (float[1,4,6,6] v) { v = Abs(r) }> }"
     )
     assert found(body, **CONVS) == []
+
+
+def test_constants_are_read_as_they_are():
+    assert found("(float[1,5,6,6] x) => (float[1,5,6,6] y) { a = Conv(k, w1, b1) r = Relu(k2) s = Add(a, r) t = Conv(s, w2) y = Add(x, t) }",
+                 **CONVS, k=some(1, 3, 6, 6), k2=some(1, 4, 6, 6)) == []  # fmt: skip
+
+
+def test_pooling_over_the_columns_of_a_product_mixes_its_channels():
+    body = "(float[N,3,8] x) => (float[N,3,2] y) { a = MatMul(x, w1) p = MaxPool<kernel_shape=[2], strides=[2]>(a) y = MatMul(p, w2) }"
+    assert found(body, w1=some(8, 8), w2=some(4, 2)) == []
+    same = body.replace("<kernel_shape=[2], strides=[2]>", "<kernel_shape=[1]>")
+    assert found(same, w1=some(8, 4), w2=some(4, 2)) == []
+    assert len(found(same.replace("MaxPool<kernel_shape=[1]>", "Relu"), w1=some(8, 4), w2=some(4, 2))) == 1
+
+
+def test_a_constant_operator_is_no_weight_to_change():
+    body = (
+        "(float[N,2] x) => (float[N,2] y) { w = Constant<value = float[2,2] {1.0, 2.0, 3.0, 4.0}>() a = MatMul(x, w) r = Relu(a)"
+        " y = MatMul(r, w2) }"
+    )
+    assert found(body, w2=some(2, 2)) == []
