@@ -270,8 +270,11 @@ def _factors(node: ir.Node) -> dict[str, float]:
 
 def _weights(node: ir.Node, most: int, steps: Steps) -> Weights:
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-    values = dequantized(node)
-    return Weights(torch.from_numpy(values.copy()), array(node.inputs[1]), axis % values.ndim, most, steps)
+    values, scale = dequantized(node), array(node.inputs[1])
+    others = tuple(index for index in range(values.ndim) if index != axis % values.ndim)
+    least = (np.abs(values).max(axis=others) if scale.ndim else np.abs(values).max()).reshape(scale.shape) / most
+    scale = np.where(least > scale * (1 + 1e-5), least, scale).astype(np.float32)  # held pairs have codes over `most`
+    return Weights(torch.from_numpy(values.copy()), scale, axis % values.ndim, most, steps)
 
 
 def _reader(node: ir.Node, place: int) -> ir.Node | None:

@@ -1,7 +1,8 @@
 """Writing Q/DQ into an ONNX graph for a placement and its ranges.
 
 activation   q = clip(round(x / s) + z),  s = (hi − lo) / (2^b − 1),  z = round(q_min − lo / s)
-weight       q = clip(round(w / s_c), −m, m),  s_c = max |w_c| / m  per output channel c;  m = 127, or 63 with reduce_range
+weight       q = clip(round(w / s_c), −m, m),  s_c = max |w_c| / m  per output channel c;  m = 127
+             with reduce_range 63, or 127 where pairs of codes are held so that none saturates (`_held_pairs`)
 bias         q = round(b / (s_x · s_c)) in int32; s_c is raised where b would not fit
 """
 
@@ -15,6 +16,8 @@ import numpy as np
 
 from deploycc.core.target import Quant
 from deploycc.passes._gates import shift
+from deploycc.passes._held_pairs import hold_pairs
+from deploycc.passes._madd import is_depthwise
 from deploycc.passes._placement import HEAVY, Placement, activations, is_constant
 from deploycc.passes._rounding import round_keeping_sums
 
@@ -81,6 +84,7 @@ class How:
     clip_weights: bool
     keep_sums: bool
     correct_bias: bool
+    hold_pairs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,7 @@ class Writer:
     def __init__(
         self, graph: ir.Graph, placement: Placement, scales: Mapping[str, Scale], means: Mapping[str, np.ndarray], quant: Quant, how: How
     ) -> None:
+        self.held: list[str] = []  # operators whose codes need more than seven bits and cannot saturate
         self.graph = graph
         self.placement = placement
         self.scales = scales
@@ -255,14 +260,20 @@ class Writer:
             raise ValueError(f"{weight.name} is not constant")
         array = weight.const_value.numpy()
         channels = array.shape[axis]
-        most = 63 if self.quant.reduce_range else 127
+        holds = self.how.hold_pairs and _may_hold(node, array.shape, self.quant)
+        most = 63 if self.quant.reduce_range and not holds else 127
         scales = weight_scales(array, axis if self.quant.per_channel else None, most, clip=self.how.clip_weights)
         if bias is not None:
             least = np.abs(bias).reshape(-1) / (x_scale * BIAS_LIMIT)
             scales = np.maximum(scales, least.max() if len(scales) == 1 else least).astype(np.float32)
         shape = [-1 if index == axis else 1 for index in range(array.ndim)]
         spread = scales.reshape(shape if len(scales) == channels else [1] * array.ndim)
-        quantized = self._rounded(np.clip(array / spread, -most, most), most)
+        if holds and not (node.op_type == "Conv" and is_depthwise(array, _group(node))):
+            scales, quantized = hold_pairs(array, np.broadcast_to(scales, (channels,)), axis=axis, group=_group(node))
+            spread = scales.reshape(shape)
+        else:
+            quantized = self._rounded(np.clip(array / spread, -most, most), most)
+        self.held += [node.name or ""] if holds else []
         kind = np.dtype(self.quant.weights)
         zero = 128 if kind.kind == "u" else 0
         stem = f"{weight.name}_{len(self._weights)}" if key in self._weights else f"{weight.name}"
@@ -325,6 +336,21 @@ def _input_channels(node: ir.Node, weight: Any) -> int:
         return int(weight[1 - _channel_axis(node)])
     group = node.attributes["group"].as_int() if "group" in node.attributes else 1
     return int(weight[0] if node.op_type == "ConvTranspose" else weight[1] * group)
+
+
+def _group(node: ir.Node) -> int:
+    return node.attributes["group"].as_int() if "group" in node.attributes else 1
+
+
+def _may_hold(node: ir.Node, shape: tuple[int, ...], quant: Quant) -> bool:
+    """Whether codes may be as large as 127 though u8×s8 pairs saturate: held in pairs, or, depthwise, in a kernel that widens.
+
+    Kernels over few channels keep the sums of their taps instead, in seven bits.
+    """
+    if not (quant.reduce_range and quant.per_channel and quant.weights == "int8" and quant.activations == "uint8"):
+        return False
+    depthwise = node.op_type == "Conv" and shape[1] == 1 and shape[0] == _group(node)
+    return depthwise or len(shape) == 2 or shape[1] > FEW_CHANNELS
 
 
 def _channel_axis(node: ir.Node) -> int:

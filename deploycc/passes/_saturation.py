@@ -64,11 +64,11 @@ def predict(model: ir.Model, feeds: Feeds) -> Prediction:
 
 
 def worth_it(full: ir.Model, reduced: ir.Model, wanted: Feeds, feeds: Feeds) -> tuple[Literal["full", "reduced"], Mapping[str, Any], str]:
-    """Whether weights of 8 bits that saturate, or of 7 that cannot, come nearer to the float outputs.
+    """Whether weights of full range that saturate, or weights that cannot, come nearer to the float outputs.
 
     Args:
         full: quantized with all of int8.
-        reduced: quantized with |codes| ≤ 63.
+        reduced: quantized so that no pair saturates (`_held_pairs`, or |codes| ≤ 63).
         wanted: the float model's outputs by name, one call each.
         feeds: its inputs, likewise.
 
@@ -85,8 +85,9 @@ def worth_it(full: ir.Model, reduced: ir.Model, wanted: Feeds, feeds: Feeds) -> 
     worst = max(layers, key=lambda layer: layer[1], default=("", 0.0))
     where = f"at most {100 * worst[1]:.2g} % of a layer's pairs, in '{worst[0]}'" if worst[1] else "no pair of these samples"
     note = (
-        f"without VNNI, 8-bit weights are predicted {facts['full_db']:.1f} dB from float ({facts['full_unsaturated_db']:.1f} dB "
-        f"unsaturated; saturating: {where}), 7-bit weights {facts['reduced_db']:.1f} dB: {'8' if choice == 'full' else '7'} bits are taken"
+        f"without VNNI, weights of full range are predicted {facts['full_db']:.1f} dB from float ({facts['full_unsaturated_db']:.1f} dB "
+        f"unsaturated; saturating: {where}), weights held to pairs that cannot {facts['reduced_db']:.1f} dB: "
+        f"{'full range is' if choice == 'full' else 'held ones are'} taken"
     )
     return choice, {**facts, "saturated": dict(layers)}, note
 

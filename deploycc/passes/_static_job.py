@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import numpy as np
 
 from deploycc.core.artifact import Artifact, QuantInfo
 from deploycc.core.contract import Context
-from deploycc.errors import DataError, NothingToDo
+from deploycc.errors import DataError, NothingToDo, UnsupportedError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from deploycc.passes._ranges import Histogram, Mean
     from deploycc.passes._static_options import StaticOptions
 
+PREDICTED = 4  # calls by which saturation is predicted
 LEAST_GAIN = 0.03  # of the time, for which integers are undone
 
 
@@ -37,6 +39,7 @@ class Job:
         self.method = options.calibration or self.quant.calibration
         self._statistics: tuple[dict[str, Histogram], dict[str, np.ndarray]] | None = None
         self._outputs: Outputs | None = None
+        self._holds = False  # pairs of weights, in the last graph
         self._ranges: dict[str, tuple[float, float]] = {}
 
     def write(self, more: Mapping[str, str]) -> Artifact:
@@ -60,8 +63,9 @@ class Job:
         placement = split_hard_swish(model.graph, placement)
         scales = {name: _qdq.activation_scale(*found, quant) for name, found in ranges.items()}
         scales |= {name: _qdq.gate_scale(alpha, quant) for name, alpha in gate_outputs(model.graph, placement).items()}
-        how = _qdq.How(options.clip_weights, options.keep_sums, options.correct_bias)
-        _qdq.Writer(model.graph, placement, scales, means, quant, how).write()
+        how = _qdq.How(options.clip_weights, options.keep_sums, options.correct_bias, options.holds_pairs)
+        writer = _qdq.Writer(model.graph, placement, scales, means, quant, how)
+        writer.write()
         _clean(model)
         info = QuantInfo(
             method="static",
@@ -73,8 +77,32 @@ class Job:
             left_float=placement.left_float,
         )
         notes = [f"{len(placement.nodes)} operators in integers, {len(ranges)} activation ranges from {self.method} calibration"]
+        self._holds = bool(writer.held)
+        if writer.held:
+            notes.append(f"weights of {len(writer.held)} operators in 8 bits, in pairs whose sums no CPU saturates; the others in 7 bits")
         notes += [f"left in float: {node}: {reason}" for node, reason in placement.left_float]
         return self.artifact.evolve(model, quant=info, notes=tuple(notes))
+
+    def held_or_full(self, held: Artifact) -> Artifact:
+        """`held`, or with weights of full range where these are predicted to be nearer to float though their pairs saturate."""
+        from deploycc.passes._saturation import worth_it
+
+        if not self._holds:
+            return held
+        names = [value.name or "" for value in self.model.graph.outputs]
+        feeds = list(itertools.islice(self.context.data.calibration(self.artifact), PREDICTED))
+        run = tapped(self.model, names)
+        wanted = [dict(zip(names, run(call), strict=True)) for call in feeds]
+        self.quant = self.quant.model_copy(update={"reduce_range": False})
+        full = self.write({})
+        try:
+            choice, facts, note = worth_it(full.model, held.model, wanted, feeds)
+        except UnsupportedError as error:
+            choice, facts, note = "reduced", {}, f"what saturation would cost weights of full range is not predicted: {error.what}"
+        if choice == "reduced":
+            self.quant = self.context.target.quant
+        chosen = full if choice == "full" else held
+        return replace(chosen, notes=(*chosen.notes, note), details={**chosen.details, "saturation": facts})
 
     def without_islands(self, whole: Artifact) -> Artifact:
         """`whole` with the parts in float that the clock says are faster so, or as it is."""

@@ -35,6 +35,7 @@ class StaticOptions(Pass):
     effect: ClassVar = LOSSY
     decided_by: ClassVar[frozenset[str]] = frozenset({"quant"})
     reads: ClassVar[frozenset[str]] = frozenset({"calibration"})
+    holds_pairs: ClassVar[bool] = False  # with reduce_range, 8-bit codes whose pairs cannot saturate: not where codes move afterwards
 
     calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy", "octav", "output-mse"] | None = None
     percentile: float = 99.99
@@ -93,7 +94,7 @@ class StaticOptions(Pass):
         complete_names(model)
         write_products(model.graph, self.skip)
         job = Job(self, artifact, context, model)
-        whole = job.write({})
+        whole = job.held_or_full(job.write({}))
         return whole if self.islands == "keep" else job.without_islands(whole), model
 
     def faster(self) -> tuple[Pass, ...]:

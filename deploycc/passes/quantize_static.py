@@ -20,6 +20,7 @@ class QuantizeStatic(StaticOptions):
     """Integer weights and activations, with ranges from calibration data."""
 
     name: ClassVar[str] = "quantize-static"
+    holds_pairs: ClassVar[bool] = True
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Place, calibrate, write; with islands=measured, time what came out, and write again."""
