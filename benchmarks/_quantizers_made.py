@@ -14,7 +14,7 @@ from deploycc.core.contract import Session
 
 Outputs = Mapping[str, np.ndarray]
 FLOAT, OURS, PEER = "float", "ours", "peer"
-SHIPS = "x86-onnxruntime"  # the row that is the compiler's own choice
+SHIPS = "deploycc compile"  # the row that is the compiler's own choice
 HELD_OUT = 5  # every so many-th sample judges the probe
 RIDGE = 1e-3
 LEAST_FOR_PROBE = 50

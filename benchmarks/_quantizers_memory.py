@@ -73,7 +73,7 @@ class Repeated(Split):
 
 def child(job: Mapping[str, Any]) -> float:
     """Peak memory of one calibration in this process, in MB."""
-    from _quantizers_cases import TARGET, open_target
+    from _quantizers_cases import open_target
 
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
     artifact = find_source(job["model"]).load(ModelRequest(job["model"]))
@@ -82,7 +82,7 @@ def child(job: Mapping[str, Any]) -> float:
     data = Data(Dataset("photos", {"calibration": Repeated(split, job["count"])}), calibration_samples=job["count"])
     with tempfile.TemporaryDirectory() as folder:
         if "passes" in job:
-            context = Context(open_target(TARGET), artifact, data, 0, Path(folder))
+            context = Context(open_target(job["target"]), artifact, data, 0, Path(folder))
             Pipeline.parse(job["passes"], asked=True).run(artifact, context)
         else:
             _peer(Path(job["model"]), Path(folder) / "out.onnx", data, artifact, job["settings"])
@@ -132,9 +132,10 @@ def measure_memory(options: argparse.Namespace) -> int:
 
     photos, results = real_photos(), results_folder()
     given = options.models[0]
-    case = prepare(given, photos, options.folder / given.name, options.judge)
+    case = prepare(given, photos, options.folder / given.name, options.judge, options.target)
     assert case.reference.transform is not None  # models of photos declare one
-    common = {"model": str(case.onnx), "transform": case.reference.transform.to_json(), "photos": str(photos.calibration)}
+    common = {"model": str(case.onnx), "transform": case.reference.transform.to_json(), "photos": str(photos.calibration),
+              "target": options.target}  # fmt: skip
     jobs: Sequence[tuple[str, dict[str, Any]]] = [
         *((name, {"passes": passes}) for name, passes in OURS.items()),
         *((name, {"settings": settings}) for name, settings in PEERS.items()),

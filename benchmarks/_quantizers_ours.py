@@ -84,7 +84,7 @@ def island_note(artifact: Artifact) -> str:
 
 
 def compiled(case: Case, photos: Photos, passes: str | None, work: Path) -> Made:
-    """The bundle of `deploycc compile --target x86-onnxruntime`, opened as the device opens it; None = the target's own pipeline.
+    """The bundle of `deploycc compile`, opened as the device opens it; None = the target's own pipeline.
 
     The gate is open, so that a poor result is shown and not replaced; what is not faster than float still ships as float.
     """
@@ -94,7 +94,7 @@ def compiled(case: Case, photos: Photos, passes: str | None, work: Path) -> Made
         cache=work / "cache",
     )  # fmt: skip
     _hand_over(case, work)
-    how = passes or "the target's own pipeline"
+    how = f"--target {target.name}: {passes or 'its own pipeline'}"
     try:
         found = driver.compile(case.given.text, options)
     except DeployError as error:

@@ -1,12 +1,13 @@
 """Our quantizer against its peers: same float graph, same calibration arrays, same runtime, one interleaved run for each model.
 
     python benchmarks/quantizers.py FOLDER [--only lite0 resnet50 …] [--ours "name=pipeline" …] [--peers-python PATH] [--slow] [--memory]
+                                          [--target x86-onnxruntime-avx2]
 
 FOLDER keeps the peers' models and what they took to make. For every row: agreement with the float graph, SQNR of the outputs, flips and
 top-1 where photos have labels, the median latency and its ratio to ONNX Runtime's own quantizer at its best (u8s8 per channel, min-max),
 bytes, and the seconds that quantizing took from the float graph on. 128 unlabelled photos calibrate, 165 labelled others judge.
 
-Rows: the float graph; `x86-onnxruntime`, the bundle of `deploycc compile`, with its gate open; the pipelines of ABLATION, each technique
+Rows: the float graph; the bundle of `deploycc compile --target …` (x86-onnxruntime, on a CPU with VNNI), with its gate open; the pipelines of ABLATION, each technique
 alone and together, and those of --ours; ONNX Runtime's quantizers, NNCF's on ONNX (run by ONNX Runtime) and on OpenVINO, torch FX. A row
 whose pass does not exist here, or whose peer fails, says why.
 
@@ -34,7 +35,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _quantizers_cases import ARRAYS, IMAGES, Case, Given, prepare
+from _quantizers_cases import ARRAYS, IMAGES, TARGET, Case, Given, prepare
 from _quantizers_made import OURS, Made, answers, judge
 from _quantizers_ours import Row, compiled, float_row, quantize
 from _quantizers_page import bars, markdown, plain, row_of
@@ -159,8 +160,8 @@ def line_up(case: Case, options: argparse.Namespace, photos: Photos, work: Path)
     return made
 
 
-def compare(case: Case, made: Sequence[Made], settings: Bench, folder: Path) -> dict[str, Any]:
-    """Judge every row and time those that open here in one interleaved run."""
+def compare(case: Case, made: Sequence[Made], settings: Bench, raw: Path) -> dict[str, Any]:
+    """Judge every row and time those that open here in one interleaved run, whose samples go to the file `raw`."""
     with made[0].open() as session:  # the float graph
         want = answers(session, case.judging)
     qualities: dict[str, Any] = {}
@@ -176,7 +177,7 @@ def compare(case: Case, made: Sequence[Made], settings: Bench, folder: Path) -> 
     candidates = [Candidate(item.name, item.open, case.probes) for item in made if item.open]
     say(f"{case.given.name}: one interleaved run over {len(candidates)} rows")
     bench = measure(candidates, settings=settings)
-    bench.save(folder / f"{NAME}.{case.given.name}.bench.json")
+    bench.save(raw)
     rows = [row_of(item, qualities.get(item.name), bench) for item in made]
     return {
         "kind": case.given.kind,
@@ -193,9 +194,10 @@ def compare(case: Case, made: Sequence[Made], settings: Bench, folder: Path) -> 
 def measure_all(options: argparse.Namespace) -> int:
     """Every model, written when it is there; models of an earlier run stay. Exit status 1 if a bar is not met."""
     photos, folder = real_photos(), results_folder()
-    path = folder / f"{NAME}.json"
+    name = NAME if options.target == TARGET else f"{NAME}.{options.target}"
+    path = folder / f"{name}.json"
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"models": {}}
-    document["photos"] = photos.sources
+    document["photos"], document["target"] = photos.sources, options.target
     document["peers"] = versions_of(str(options.peers_python)) if options.peers_python else document.get("peers", "not installed")
     settings = Bench(threads=THREADS, min_seconds=0.4 if options.quick else 2.0, min_runs=10 if options.quick else 40)
     met = True
@@ -203,13 +205,13 @@ def measure_all(options: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             found: dict[str, Any]
             try:
-                case = prepare(_ready(given, options), photos, options.folder / given.name, options.judge)
-                found = compare(case, line_up(case, options, photos, Path(scratch)), settings, folder)
+                case = prepare(_ready(given, options), photos, options.folder / given.name, options.judge, options.target)
+                found = compare(case, line_up(case, options, photos, Path(scratch)), settings, folder / f"{name}.{given.name}.bench.json")
             except DeployError as error:
                 found = {"skipped": plain(f"{error.what}; {error.fix}")}
                 say(f"{given.name}: skipped: {found['skipped']}")
         document["models"] = {**document["models"], given.name: found}
-        write(folder, NAME, document, markdown(document))
+        write(folder, name, document, markdown(document))
         for bar in found.get("bars", ()):
             met &= bar["met"]
             print(f"{'PASS' if bar['met'] else 'FAIL'}  {given.name}: {bar['text']}: {bar['value']}")
@@ -246,6 +248,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     for name, what in (("model", "an ONNX file"), ("calibration", ".npz that calibrates it"), ("inputs", ".npz that judges it")):
         parser.add_argument(f"--{name}", nargs="+", type=_pair, default=[], metavar="NAME=FILE", help=what)
     parser.add_argument("--judge", type=int, default=500, help="most samples of --inputs that judge")
+    parser.add_argument("--target", default=TARGET, metavar="NAME", help="an ONNX Runtime target of this machine's CPU")
     parser.add_argument("--slow", action="store_true", help="rows that take minutes too")
     parser.add_argument("--quick", action="store_true", help="few runs, to try the script; the figures are rough")
     parser.add_argument("--memory", action="store_true", help="peak memory of calibration instead")
