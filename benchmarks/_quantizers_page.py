@@ -186,7 +186,8 @@ def markdown(document: Mapping[str, Any]) -> str:
         "Written by `python benchmarks/quantizers.py`. All rows of a model start from one float "
         "graph and one set of calibration arrays, and run in one interleaved run on one thread; rows on OpenVINO were timed in turns with "
         f"the baseline in the peers' own Python. Photos: {'; '.join(document.get('photos', ()))}. Peers: {document.get('peers')}. Bars are "
-        f"those of **{SHIPS}**, the bundle for {document.get('target', 'x86-onnxruntime')} with its gate open; *s to quantize* is from the float graph on."
+        f"those of **{SHIPS}**, the bundle for {document.get('target', 'x86-onnxruntime')} with its gate open; "
+        "*s to quantize* is from the float graph on."
     )
     parts = [section(model, found) for model, found in document["models"].items()]
     memory = [memory_section(document["memory"])] if document.get("memory") else []

@@ -7,8 +7,8 @@ FOLDER keeps the peers' models and what they took to make. For every row: agreem
 top-1 where photos have labels, the median latency and its ratio to ONNX Runtime's own quantizer at its best (u8s8 per channel, min-max),
 bytes, and the seconds that quantizing took from the float graph on. 128 unlabelled photos calibrate, 165 labelled others judge.
 
-Rows: the float graph; the bundle of `deploycc compile --target …` (x86-onnxruntime, on a CPU with VNNI), with its gate open; the pipelines of ABLATION, each technique
-alone and together, and those of --ours; ONNX Runtime's quantizers, NNCF's on ONNX (run by ONNX Runtime) and on OpenVINO, torch FX. A row
+Rows: the float graph; the bundle of `deploycc compile`, with its gate open; the pipelines of ABLATION, each technique alone and together,
+and those of --ours; ONNX Runtime's quantizers, NNCF's on ONNX (run by ONNX Runtime) and on OpenVINO, torch FX. A row
 whose pass does not exist here, or whose peer fails, says why.
 
 NNCF and OpenVINO run in a Python of their own, with the same version of ONNX Runtime:
