@@ -92,12 +92,20 @@ def _reference_score(accuracy: Accuracy | None) -> float:
     return -accuracy.reference if accuracy.metric == "mse" else accuracy.reference
 
 
-def decide(planned: Plan, parent: Attempt, attempts: Sequence[Attempt], bench: BenchResult | None, *, interrupted: bool) -> Outcome:
+def decide(
+    planned: Plan,
+    parent: Attempt,
+    attempts: Sequence[Attempt],
+    bench: BenchResult | None,
+    *,
+    interrupted: bool,
+    untried: Sequence[str] = (),
+) -> Outcome:
     """Apply the rule above."""
     passed = [attempt for attempt in attempts if attempt.passed]
 
     def outcome(shipped: str, reason: str, detail: str = "") -> Outcome:
-        return Outcome(parent, tuple(attempts), bench, Decision(shipped=shipped, reason=reason), detail)
+        return Outcome(parent, tuple(attempts), bench, Decision(shipped=shipped, reason=reason, untried=tuple(untried)), detail)
 
     if not attempts:
         reason = "stopped before another artifact was finished" if interrupted else "no pass of the pipeline changes the numbers"

@@ -1,7 +1,7 @@
 """Source + target → plan → run → build → gate → bench → bundle. Reads top to bottom.
 
 The float artifact is built first, so that there is a best so far at any time. Then the pipeline as planned, and while the gate
-refuses its result, the stronger settings that its lossy passes offer. What passed is timed against its float parent; it ships only
+refuses its result, the rungs of the ladder (`ladder`). What passed is timed against its float parent; it ships only
 if it is faster, or if a limit can only be met with it.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from deploycc import ladder
 from deploycc.bench.accuracy import evaluate, gate
 from deploycc.bench.harness import Candidate, measure
 from deploycc.bench.observer import Latency, Quality, Timer
@@ -29,20 +30,18 @@ from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Built, Context, ModelRequest, Observer, Progress, enforce, silent
 from deploycc.core.data import Data, check_labels, paired_batches
 from deploycc.core.observers import Announce, Dump, Verify
-from deploycc.core.pipeline import Pipeline, Step
+from deploycc.core.pipeline import Pipeline
 from deploycc.core.registry import FORMS
 from deploycc.core.store import Store, default_root
 from deploycc.core.timing import Profiles
 from deploycc.decision import COMPILED, EAGER, FLOAT, Attempt, Outcome, best, check_limits, decide
-from deploycc.errors import DataNeeded, Interrupted, MissingDependency, UsageError
+from deploycc.errors import DataNeeded, DeployError, Interrupted, MissingDependency, UsageError
 from deploycc.forms.module import example_feeds
 from deploycc.package.bundle import Bundle, check_destination, write
 from deploycc.package.manifest import AttemptRecord, Contents, LimitCheck, record_attempt
 from deploycc.planning import Options, Plan, capture, command_line, declared_transform, find_source, plan
 from deploycc.sources._factory import find
 
-HARDLY_FASTER = 1.5  # times the float artifact's speed: below it, passes are asked for faster settings
-WORTH_MS = 0.5  # of the float artifact: below it, calls of operators cost more than their work, and the clock's noise would choose
 PROBES = 8  # real inputs that the bench takes turns over
 GOLDEN = 3
 
@@ -104,23 +103,23 @@ def compile(model: Any, options: Options, progress: Progress = silent) -> Compil
             return options.budget_s is not None and time.monotonic() - started > options.budget_s
 
         try:
-            for rung in _ladder(pipeline):
+            for rung in ladder.quality_rungs(pipeline, planned.target, context.data, attempts):
                 if attempts and spent():
                     break
-                attempts.append(job.attempt(rung))
+                attempts.extend(job.tried(rung) if attempts else [job.attempt(rung)])
                 if attempts[-1].passed:
                     break
             bench = job.measure(parent, attempts)
-            for rung in _speed_ladder(attempts, bench, context):
+            for rung in ladder.speed_rungs(attempts, bench, context):
                 if spent():
                     break
-                tried = [*attempts, job.attempt(rung)]
-                if tried[-1].passed:
+                tried = [*attempts, *job.tried(rung)]
+                if len(tried) > len(attempts) and tried[-1].passed:
                     bench = job.measure(parent, tried)
                 attempts = tried  # an interrupted measurement leaves what was measured before
         except KeyboardInterrupt:
             interrupted = True
-        outcome = decide(planned, parent, attempts, bench, interrupted=interrupted)
+        outcome = decide(planned, parent, attempts, bench, interrupted=interrupted, untried=job.untried)
         shipped = parent if outcome.decision.shipped == FLOAT else best(attempts)
         limits = check_limits(planned, shipped, outcome.decision.shipped, bench)
         output = options.output if distributed.is_main() else work / "bundle"  # the other processes only train
@@ -196,33 +195,6 @@ def _check_reference(context: Context, planned: Plan) -> None:
         enforce(planned.backend.constraints(), context.reference, planned.target)
 
 
-def _ladder(pipeline: Pipeline) -> Iterator[Pipeline]:
-    """The pipeline as planned, then with the stronger settings of each lossy pass; nothing for a lossless one."""
-    if len(pipeline.lossless().steps) == len(pipeline.steps):
-        return
-    yield pipeline
-    for index, step in enumerate(pipeline.steps):
-        for stronger in step.body.alternatives():
-            yield Pipeline((*pipeline.steps[:index], Step(stronger, step.asked), *pipeline.steps[index + 1 :]))
-
-
-def _speed_ladder(attempts: Sequence[Attempt], bench: BenchResult | None, context: Context) -> Iterator[Pipeline]:
-    """The settings that its passes offer to be faster, while what would ship is hardly faster than the float artifact.
-
-    They measure operator by operator: nothing where the runtime does not tell, or several processes train.
-    """
-    if context.profiler is None:
-        return
-    if bench is None or not attempts or not best(attempts).passed or bench.get(FLOAT).p50_ms < WORTH_MS:
-        return
-    if bench.ratio(COMPILED, FLOAT).value >= HARDLY_FASTER:
-        return
-    steps = best(attempts).pipeline.steps
-    for index, step in enumerate(steps):
-        for quicker in step.body.faster():
-            yield Pipeline((*steps[:index], Step(quicker, step.asked), *steps[index + 1 :]))
-
-
 class _Job:
     """One compile's tools: runs pipelines, builds, judges, times."""
 
@@ -237,11 +209,31 @@ class _Job:
         if options.dump and distributed.is_main():
             self.observers.append(Dump(options.dump))
         self.yardstick = Yardstick(context.reference, planned.target.bench.threads)
+        self.untried: list[str] = []  # rungs that could not be climbed, and why
+        self._made: dict[str, Pipeline] = {}  # by the digest of the model
         self._built = 0
+
+    def tried(self, rung: Pipeline) -> list[Attempt]:
+        """The attempt, or none where the rung cannot be climbed or leads nowhere new: that loses nothing of what is there already."""
+        try:
+            artifact = self._run(rung)
+            same = self._made.get(artifact.digest())
+            if same is None:
+                return [self._judged(rung, artifact)]
+            self.untried.append(f"{rung}: it makes the same model as {same}")
+        except DeployError as error:
+            self.untried.append(f"{rung}: {error.what}")
+        return []
 
     def attempt(self, pipeline: Pipeline) -> Attempt:
         """Run, build, judge."""
-        artifact = pipeline.run(self.context.reference, self.context, self.observers, self.store)
+        return self._judged(pipeline, self._run(pipeline))
+
+    def _run(self, pipeline: Pipeline) -> Artifact:
+        return pipeline.run(self.context.reference, self.context, self.observers, self.store)
+
+    def _judged(self, pipeline: Pipeline, artifact: Artifact) -> Attempt:
+        self._made[artifact.digest()] = pipeline
         backend, target = self.planned.backend, self.planned.target
         enforce(backend.constraints(), artifact, target)
         folder = self.context.workdir / f"built-{self._built}"

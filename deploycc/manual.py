@@ -10,6 +10,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from deploycc import ladder
 from deploycc.core import target as targets
 from deploycc.core.contract import Pass, options_of
 from deploycc.core.registry import BACKENDS, DATASETS, MODELS, PASSES, suggest, summary
@@ -198,17 +199,9 @@ def plan_text(plan: Plan, model: str) -> str:
     lines.append(f"  in full: {plan.pipeline.full()}")
     lines.append("quant     " + ", ".join(f"{key}={_toml(value)}" for key, value in target.quant))
     lines.append("limits    " + ", ".join(f"{key}={_toml(value)}" for key, value in target.limits))
-    lines.append("ladder    " + _ladder_text(plan))
+    lines.append("ladder    " + ladder.described(plan))
     lines += [f"data      {line}" for line in _data_lines(plan)]
     return "\n".join(lines)
-
-
-def _ladder_text(plan: Plan) -> str:
-    from deploycc.core.spec import format_spec
-
-    rungs = [format_spec(other) for step in plan.pipeline.steps for other in step.body.alternatives()]
-    lossy = any(step.body.effect.tolerance is None for step in plan.pipeline.steps)
-    return " → ".join(["as planned", *rungs, "float"]) if lossy else "float only: no pass changes the numbers"
 
 
 def _data_lines(plan: Plan) -> list[str]:

@@ -278,6 +278,7 @@ def _remarks(result: Compiled) -> Iterator[Text | str]:
     for attempt in result.outcome.attempts:
         if attempt.verdict and not attempt.verdict.passed:
             yield f"refused: {attempt.pipeline}: {attempt.verdict.reason}"
+    yield from (f"not tried: {rung}" for rung in result.outcome.decision.untried)
     yield from limit_lines(result.limits)
     shipped = result.shipped
     if shipped.artifact.quant:

@@ -37,10 +37,13 @@ def module_artifact(module: Any, *specs: TensorSpec, **fields: Any) -> Artifact:
     return Artifact(Form.MODULE, module.eval(), capture_signature(module.eval(), specs), "test", **fields)
 
 
+FACTS = {"name": "test", "title": "A target for tests", "backend": "onnxruntime", "arch": "any", "pipeline": ""}
+ANY = target.Target.model_validate({**FACTS, "arch": "aarch64"})  # full range, min-max calibration
+
+
 def context(artifact: Artifact, **tables: Any) -> Context:
     """Without data; `runtime=` and `quant=` replace what the target says."""
-    facts = {"name": "test", "title": "A target for tests", "backend": "onnxruntime", "arch": "any", "pipeline": ""}
-    made = target.Target.model_validate({**facts, "quant": {"reduce_range": True}, **tables})
+    made = target.Target.model_validate({**FACTS, "quant": {"reduce_range": True}, **tables})
     return Context(made, artifact, Data(None), seed=0, workdir=Path())
 
 

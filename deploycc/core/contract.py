@@ -162,8 +162,17 @@ class Pass(ABC):
         """What else decides the result, as text for the cache key: digests of models and files that an option names."""
         return ""
 
-    def alternatives(self) -> tuple[Pass, ...]:
+    def alternatives(self, target: Target) -> tuple[Pass, ...]:
         """Stronger settings of this pass to try when the accuracy gate refuses its result, cheap to dear."""
+        return ()
+
+    @classmethod
+    def rescue(cls, pipeline: Pipeline, target: Target) -> Pipeline | None:
+        """`pipeline` with this pass in it, where that may win back accuracy that the gate misses; None where it cannot."""
+        return None
+
+    def retreats(self) -> tuple[Pass, ...]:
+        """Settings that leave more and more of the model in float, to try when stronger ones do not pass the gate."""
         return ()
 
     def faster(self) -> tuple[Pass, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -118,6 +118,15 @@ class Pipeline:
         """Whether a step that eases rounding has, after it, one that rounds to ranges seen in data."""
         later = (step.body for step in self.steps[index + 1 :])
         return not self.steps[index].body.eases_rounding or any(body.effect.tolerance is None and body.reads for body in later)
+
+    def replaced(self, name: str, other: Callable[[Pass], Pass | Sequence[Pass]]) -> Pipeline | None:
+        """With `other` (one pass or several) in place of the last pass called `name`; None where there is none."""
+        index = next((index for index, step in reversed(list(enumerate(self.steps))) if step.body.name == name), None)
+        if index is None:
+            return None
+        made = other(self.steps[index].body)
+        steps = [Step(body, self.steps[index].asked) for body in ([made] if isinstance(made, Pass) else made)]
+        return Pipeline((*self.steps[:index], *steps, *self.steps[index + 1 :]))
 
     def preparation(self) -> tuple[Pipeline, Pipeline]:
         """(the leading passes that make the float model which everything after is compared with, the rest)."""

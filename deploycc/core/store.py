@@ -35,7 +35,8 @@ class Store:
     def __init__(self, root: Path, *, limit_bytes: int = DEFAULT_LIMIT_BYTES, reading: bool = True, writing: bool = True) -> None:
         self.root = root / "store"
         self.limit_bytes = limit_bytes
-        self.reading = reading  # False: everything is done afresh
+        self.reading = reading  # False: everything is done afresh, once
+        self._written: set[str] = set()  # by this object: another attempt of the same run may read it
         self.writing = writing  # False: another process of the same run writes
 
     @staticmethod
@@ -46,7 +47,7 @@ class Store:
     def get(self, key: str) -> tuple[dict[str, Any], Path] | None:
         """The facts and the folder of an entry, or None. A damaged entry counts as absent and is removed."""
         folder = self.root / key
-        if not self.reading or not folder.is_dir():
+        if not (self.reading or key in self._written) or not folder.is_dir():
             return None
         try:
             facts = json.loads((folder / ENTRY).read_text())
@@ -76,10 +77,11 @@ class Store:
             write(work)
             files = {path.name: file_digest(path) for path in sorted(work.iterdir())}
             (work / ENTRY).write_text(json.dumps({"facts": dict(facts), "files": files}, sort_keys=True))
-            if not self.reading:
+            if not self.reading and key not in self._written:
                 shutil.rmtree(self.root / key, ignore_errors=True)
             if not (self.root / key).exists():
                 work.rename(self.root / key)
+            self._written.add(key)
         except OSError as error:
             raise StoreError(
                 f"cannot write to {self.root}: {error.strerror}", fix="free some space, or set DEPLOYCC_CACHE to a folder on another disk"

@@ -101,10 +101,17 @@ class LimitCheck(_Record):
 
 
 class Decision(_Record):
-    """What ships, and why; the reason holds no measured times (they go into `measured.detail`)."""
+    """What ships, and why; the reason holds no measured times (they go into `measured.detail`).
+
+    Attributes:
+        shipped: the name of the attempt.
+        reason: in words.
+        untried: rungs of the ladder that could not be climbed, and why.
+    """
 
     shipped: str
     reason: str
+    untried: tuple[str, ...] = ()
 
 
 class Run(_Record):

@@ -87,6 +87,9 @@ class How:
     hold_pairs: bool = False
 
 
+Codes = tuple[np.ndarray, np.ndarray]  # scales, and whole numbers
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """Quantized weights of one operator: the dequantized value in the graph, scales per channel, and W − W_q."""
@@ -100,7 +103,14 @@ class Writer:
     """Rewrites one graph in place (give it a clone)."""
 
     def __init__(
-        self, graph: ir.Graph, placement: Placement, scales: Mapping[str, Scale], means: Mapping[str, np.ndarray], quant: Quant, how: How
+        self,
+        graph: ir.Graph,
+        placement: Placement,
+        scales: Mapping[str, Scale],
+        means: Mapping[str, np.ndarray],
+        quant: Quant,
+        how: How,
+        known: dict[Any, Codes] | None = None,
     ) -> None:
         self.held: list[str] = []  # operators whose codes need more than seven bits and cannot saturate
         self.graph = graph
@@ -111,6 +121,7 @@ class Writer:
         self.how = how
         self.integer = frozenset(placement.nodes)
         self._weights: dict[tuple[str, int], Weight] = {}
+        self._known: dict[Any, Codes] = {} if known is None else known  # of graphs that were written before: choosing scales takes long
 
     def write(self) -> None:
         """Insert everything."""
@@ -261,19 +272,14 @@ class Writer:
         array = weight.const_value.numpy()
         channels = array.shape[axis]
         holds = self.how.hold_pairs and _may_hold(node, array.shape, self.quant)
-        most = 63 if self.quant.reduce_range and not holds else 127
-        scales = weight_scales(array, axis if self.quant.per_channel else None, most, clip=self.how.clip_weights)
-        if bias is not None:
-            least = np.abs(bias).reshape(-1) / (x_scale * BIAS_LIMIT)
-            scales = np.maximum(scales, least.max() if len(scales) == 1 else least).astype(np.float32)
-        shape = [-1 if index == axis else 1 for index in range(array.ndim)]
-        spread = scales.reshape(shape if len(scales) == channels else [1] * array.ndim)
-        if holds and not (node.op_type == "Conv" and is_depthwise(array, _group(node))):
-            scales, quantized = hold_pairs(array, np.broadcast_to(scales, (channels,)), axis=axis, group=_group(node))
-            spread = scales.reshape(shape)
-        else:
-            quantized = self._rounded(np.clip(array / spread, -most, most), most)
+        same = (node.name, weight.name, holds, self.quant.reduce_range, x_scale if bias is not None else None)
+        if same not in self._known:
+            self._known[same] = self._codes(node, array, axis, bias, x_scale, holds=holds)
+        scales, quantized = self._known[same]
         self.held += [node.name or ""] if holds else []
+        spread = scales.reshape(
+            [-1 if index == axis else 1 for index in range(array.ndim)] if len(scales) == channels else [1] * array.ndim
+        )
         kind = np.dtype(self.quant.weights)
         zero = 128 if kind.kind == "u" else 0
         stem = f"{weight.name}_{len(self._weights)}" if key in self._weights else f"{weight.name}"
@@ -288,6 +294,20 @@ class Writer:
         self.graph.insert_before(self.graph[0], dq)
         self._weights[key] = Weight(dq.outputs[0], np.broadcast_to(scales, (channels,)), array - quantized.astype(np.float32) * spread)
         return self._weights[key]
+
+    def _codes(self, node: ir.Node, array: np.ndarray, axis: int, bias: np.ndarray | None, x_scale: float, *, holds: bool) -> Codes:
+        """Scales and whole numbers."""
+        channels = array.shape[axis]
+        most = 63 if self.quant.reduce_range and not holds else 127
+        scales = weight_scales(array, axis if self.quant.per_channel else None, most, clip=self.how.clip_weights)
+        if bias is not None:
+            least = np.abs(bias).reshape(-1) / (x_scale * BIAS_LIMIT)
+            scales = np.maximum(scales, least.max() if len(scales) == 1 else least).astype(np.float32)
+        if holds and not (node.op_type == "Conv" and is_depthwise(array, _group(node))):
+            return hold_pairs(array, np.broadcast_to(scales, (channels,)), axis=axis, group=_group(node))
+        shape = [-1 if index == axis else 1 for index in range(array.ndim)]
+        spread = scales.reshape(shape if len(scales) == channels else [1] * array.ndim)
+        return scales, self._rounded(np.clip(array / spread, -most, most), most)
 
     def _rounded(self, steps: np.ndarray, most: int) -> np.ndarray:
         """Whole numbers near `steps`; with `keep_sums` a kernel over few channels keeps the sum of its taps."""

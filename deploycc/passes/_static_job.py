@@ -13,18 +13,20 @@ import numpy as np
 
 from deploycc.core.artifact import Artifact, QuantInfo
 from deploycc.core.contract import Context
-from deploycc.errors import DataError, NothingToDo, UnsupportedError
+from deploycc.errors import DataError, NothingToDo, PassError, UnsupportedError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from deploycc.passes._consumers import Outputs
     from deploycc.passes._placement import Placement
+    from deploycc.passes._qdq import Codes
     from deploycc.passes._ranges import Histogram, Mean
     from deploycc.passes._static_options import StaticOptions
 
 PREDICTED = 4  # calls by which saturation is predicted
 LEAST_GAIN = 0.03  # of the time, for which integers are undone
+TOLD = 200  # characters of a note that name what comes next
 
 
 class Job:
@@ -41,6 +43,8 @@ class Job:
         self._outputs: Outputs | None = None
         self._holds = False  # pairs of weights, in the last graph
         self._ranges: dict[str, tuple[float, float]] = {}
+        self._codes: dict[Any, Codes] = {}
+        self._float: dict[str, str] = {}  # operators of fallback= → why they are in float
 
     def write(self, more: Mapping[str, str]) -> Artifact:
         """The quantized graph, with the operators of skip= and `more` (name → reason) left in float."""
@@ -51,7 +55,7 @@ class Job:
 
         quant, options = self.quant, self.options
         model = clone(self.model)
-        skip = {**more, **dict.fromkeys(options.skip, "left out by skip=")}
+        skip = {**more, **self._float, **dict.fromkeys(options.skip, "left out by skip=")}
         placement = place(model, skip=skip, fold_activations=not quant.activation_symmetric)
         if not placement.nodes:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in placement.left_float[:3]) or "it has no Conv, Gemm or MatMul"
@@ -64,7 +68,7 @@ class Job:
         scales = {name: _qdq.activation_scale(*found, quant) for name, found in ranges.items()}
         scales |= {name: _qdq.gate_scale(alpha, quant) for name, alpha in gate_outputs(model.graph, placement).items()}
         how = _qdq.How(options.clip_weights, options.keep_sums, options.correct_bias, options.holds_pairs)
-        writer = _qdq.Writer(model.graph, placement, scales, means, quant, how)
+        writer = _qdq.Writer(model.graph, placement, scales, means, quant, how, self._codes)
         writer.write()
         _clean(model)
         info = QuantInfo(
@@ -103,6 +107,31 @@ class Job:
             self.quant = self.context.target.quant
         chosen = full if choice == "full" else held
         return replace(chosen, notes=(*chosen.notes, note), details={**chosen.details, "saturation": facts})
+
+    def worst_in_float(self, whole: Artifact) -> Artifact:
+        """`whole` with fallback= operators in float, those that win the most accuracy for their time; one at least stays in integers.
+
+        Raises:
+            PassError: it has no other, or none alone wins anything.
+        """
+        from deploycc.passes._sensitivity import WORTH, integer_operators, ranked
+
+        asked, context = self.options.fallback, self.context
+        if len(integer_operators(whole.model)) < 2:
+            raise PassError(f"fallback={asked} leaves no operator of {self.artifact.source} in integers", fix="ship the float artifact")
+        layers = ranked(whole, self.artifact, self.model, lambda name: self.write({name: "tried"}), context)
+        chosen = [layer for layer in layers if layer.won >= WORTH][: min(asked, len(layers) - 1)]
+        if not chosen:
+            raise PassError(
+                f"fallback={asked}: no operator of {self.artifact.source} alone wins {WORTH:.0%} of the noise when it is left in float",
+                fix="leave fallback out; learn-rounding or quantize-qat spread over all of them what they win",
+            )
+        self._float = {layer.name: f"fallback: {layer}" for layer in chosen}
+        mixed = self.write({})
+        note = f"fallback: {len(chosen)} of {len(layers)} operators in float, of the most noise won for their time; next would be "
+        others = ", ".join(f"{layer.name} ({layer})" for layer in layers if layer not in chosen)[:TOLD] or "none"
+        facts = {layer.name: [layer.won, layer.cost] for layer in layers}
+        return replace(mixed, notes=(*mixed.notes, note + others), details={**mixed.details, "sensitivity": facts})
 
     def without_islands(self, whole: Artifact) -> Artifact:
         """`whole` with the parts in float that the clock says are faster so, or as it is."""
@@ -156,8 +185,9 @@ class Job:
         from deploycc.passes._ranges import Histogram, Mean
 
         context, artifact = self.context, self.artifact
-        # Where islands may be undone, a tensor that another leads may come to lead itself.
-        ranged = dict.fromkeys(placement.leaders if self.options.islands == "measured" else placement.leaders.values())
+        # Where operators may go back to float, a tensor that another leads may come to lead itself.
+        more_float = self.options.islands == "measured" or self.options.fallback
+        ranged = dict.fromkeys(placement.leaders if more_float else placement.leaders.values())
         histograms = {name: Histogram(keep_counts=self.method not in ("minmax", "moving-average")) for name in ranged}
         weighted = weighted_inputs(self.model.graph, placement) if self.options.correct_bias else {}
         means = {name: Mean(axis) for name, axis in weighted.items()}

@@ -13,6 +13,7 @@ from deploycc.errors import PreconditionError, UnknownName
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+FALLBACKS = (1, 2, 4, 8)
 LEAST_OPSET = 13  # DequantizeLinear gained `axis` (per-channel scales)
 
 
@@ -29,6 +30,8 @@ class StaticOptions(Pass):
         skip: names of operators to leave in float.
         islands: keep = integers wherever the rules allow them; measured = what the clock says is faster in float is put back, on the
             target's own machine only. Another compile may then choose otherwise.
+        fallback: leave so many operators in float: those that win the most accuracy for the time they lose, tried one by one. Times are
+            measured on the target's own machine, and stand for MACs elsewhere.
     """
 
     consumes: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
@@ -44,10 +47,13 @@ class StaticOptions(Pass):
     correct_bias: bool = True
     skip: tuple[str, ...] = ()
     islands: Literal["keep", "measured"] = "keep"
+    fallback: int = 0
 
     def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile is {self.percentile}: it must be over 50 and at most 100")
+        if self.fallback < 0:
+            raise ValueError(f"fallback is {self.fallback}: it is a number of operators, 0 or more")
 
     @property
     def looks_ahead(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -55,8 +61,9 @@ class StaticOptions(Pass):
         return self.islands == "measured"
 
     def depends_on(self, context: Context) -> str:
-        """The clock that islands are measured by."""
-        return clock(context) if self.islands == "measured" else ""
+        """The clock that islands and fallback are measured by."""
+        timed = self.islands == "measured" or (self.fallback and context.profiler is not None)
+        return clock(context) if timed else ""
 
     def requires(self, artifact: Artifact, context: Context) -> None:
         """Q/DQ needs opset 13, the target an integer activation type, the skip list operators that exist."""
@@ -95,7 +102,13 @@ class StaticOptions(Pass):
         write_products(model.graph, self.skip)
         job = Job(self, artifact, context, model)
         whole = job.held_or_full(job.write({}))
+        if self.fallback:
+            whole = job.worst_in_float(whole)
         return whole if self.islands == "keep" else job.without_islands(whole), model
+
+    def retreats(self) -> tuple[Pass, ...]:
+        """More and more of the worst operators in float."""
+        return tuple(replace(self, fallback=count) for count in FALLBACKS if count > self.fallback)
 
     def faster(self) -> tuple[Pass, ...]:
         """Islands undone by measurement."""

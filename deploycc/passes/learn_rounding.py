@@ -13,13 +13,15 @@ eight: there quantize-static is the nearer one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from deploycc.core.artifact import Artifact
 from deploycc.core.contract import Context, Pass
+from deploycc.core.pipeline import Pipeline
+from deploycc.core.target import Target
 from deploycc.errors import NothingToDo
 from deploycc.passes._static_options import StaticOptions
 
@@ -93,7 +95,16 @@ class LearnRounding(StaticOptions):
         losses: dict[str, Any] = {name: [found.before, found.after] for name, found in told}
         return start.evolve(model, notes=(*start.notes, note, *rest), details={**start.details, "learned": losses})
 
-    def alternatives(self) -> tuple[Pass, ...]:
+    @classmethod
+    def rescue(cls, pipeline: Pipeline, target: Target) -> Pipeline | None:
+        """In place of quantize-static, with its settings; not where that keeps a bit more (with reduce_range)."""
+        if target.quant.reduce_range:
+            return None
+        return pipeline.replaced(
+            "quantize-static", lambda body: cls(**{item.name: getattr(body, item.name) for item in fields(StaticOptions)})
+        )
+
+    def alternatives(self, target: Target) -> tuple[Pass, ...]:
         """More steps on more rows."""
         return (replace(self, steps=4 * self.steps, rows=2 * self.rows),) if self.steps < 1200 else ()
 

@@ -31,6 +31,7 @@ import numpy as np
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import LOSSY, Context, Pass
 from deploycc.core.registry import suggest
+from deploycc.core.target import Target
 from deploycc.errors import NothingToDo, PreconditionError, UnknownName
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class QuantizeDynamic(Pass):
         if self.outliers < 0:
             raise ValueError(f"outliers is {self.outliers}: it must be 0 or more")
 
-    def alternatives(self) -> tuple[Pass, ...]:
+    def alternatives(self, target: Target) -> tuple[Pass, ...]:
         """Outlier channels in float."""
         return () if self.outliers else (replace(self, outliers=STRONGER_OUTLIERS),)
 

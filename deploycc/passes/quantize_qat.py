@@ -27,6 +27,8 @@ from typing import ClassVar
 
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Context
+from deploycc.core.pipeline import Pipeline
+from deploycc.core.target import Target
 from deploycc.errors import DataNeeded, PreconditionError
 from deploycc.passes._qat import QatOptions
 from deploycc.passes._training_pass import TrainingPass
@@ -40,6 +42,17 @@ class QuantizeQat(QatOptions, TrainingPass):
     consumes: ClassVar[frozenset[Form]] = frozenset({Form.ONNX, Form.MODULE})
     decided_by: ClassVar[frozenset[str]] = frozenset({"backend", "quant"})
     reads: ClassVar[frozenset[str]] = frozenset({"training", "calibration"})
+
+    @classmethod
+    def rescue(cls, pipeline: Pipeline, target: Target) -> Pipeline | None:
+        """After quantize-static or learn-rounding, or in place of quantize-torch."""
+        if any(step.body.name == cls.name for step in pipeline.steps):
+            return None
+        for name in ("quantize-static", "learn-rounding"):
+            found = pipeline.replaced(name, lambda body: (body, cls()))
+            if found is not None:
+                return found
+        return pipeline.replaced("quantize-torch", lambda body: cls())
 
     def requires(self, artifact: Artifact, context: Context) -> None:
         """A Q/DQ graph, or a float module for one of PyTorch's engines; integer activations, training data, labels or a teacher."""

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from deploycc.core.artifact import Artifact
 from deploycc.core.contract import Context, Pass
+from deploycc.core.target import Target
 from deploycc.passes._static_options import StaticOptions
 
 
@@ -26,6 +27,7 @@ class QuantizeStatic(StaticOptions):
         """Place, calibrate, write; with islands=measured, time what came out, and write again."""
         return self.quantized(artifact, context)[0]
 
-    def alternatives(self) -> tuple[Pass, ...]:
+    def alternatives(self, target: Target) -> tuple[Pass, ...]:
         """The other ways to choose ranges, cheap to dear."""
-        return tuple(replace(self, calibration=method) for method in ("mse", "percentile", "output-mse") if method != self.calibration)
+        used = self.calibration or target.quant.calibration
+        return tuple(replace(self, calibration=method) for method in ("mse", "percentile", "output-mse") if method != used)

@@ -33,6 +33,7 @@ import numpy as np
 
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import LOSSY, Context, Pass
+from deploycc.core.target import Target
 from deploycc.passes import _torch_prepared
 
 
@@ -77,9 +78,10 @@ class QuantizeTorch(Pass):
             _correct_bias(_torch_ao.weighted(prepared.graph, name), prepared.plan.errors[name], mean)
         return _torch_prepared.finish(prepared, artifact, context, method="fx")
 
-    def alternatives(self) -> tuple[Pass, ...]:
+    def alternatives(self, target: Target) -> tuple[Pass, ...]:
         """The other ways to choose ranges, cheap to dear."""
-        return tuple(replace(self, calibration=method) for method in ("mse", "percentile", "entropy") if method != self.calibration)
+        used = self.calibration or target.quant.calibration
+        return tuple(replace(self, calibration=method) for method in ("mse", "percentile", "entropy") if method != used)
 
 
 def _correct_bias(layer: Any, errors: np.ndarray, mean: np.ndarray) -> None:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, ClassVar
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import LOSSY, Context, Pass
 from deploycc.core.registry import suggest
+from deploycc.core.target import Target
 from deploycc.errors import NothingToDo, PreconditionError, UnknownName
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class QuantizeWeights(Pass):
             if value not in choices:
                 raise ValueError(f"{name} is {value}: it must be one of {', '.join(map(str, choices))}")
 
-    def alternatives(self) -> tuple[Pass, ...]:
+    def alternatives(self, target: Target) -> tuple[Pass, ...]:
         """Eight bits."""
         return (replace(self, bits=8),) if self.bits == 4 else ()
 

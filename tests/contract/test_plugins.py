@@ -56,7 +56,8 @@ class TestPass:
 
     def test_alternatives_are_other_settings_of_itself(self, name):
         body = PASSES.get(name)
-        for other in body.alternatives():
+        target = targets.load("x86-onnxruntime")
+        for other in (*body.alternatives(target), *body.retreats(), *body.faster()):
             assert type(other) is type(body)
             assert other != body
 

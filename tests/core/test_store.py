@@ -106,6 +106,11 @@ def test_a_run_afresh_reads_nothing_and_replaces_what_was_there(tmp_path):
     facts, folder = Store(tmp_path).get("k")
     assert facts == {"a": 2}
     assert (folder / "data").read_text() == "new"
+    again = afresh.get("k")  # another attempt of the same run
+    assert again is not None
+    assert again[0] == {"a": 2}
+    afresh.put("k", {"a": 2}, write("twice"))
+    assert (folder / "data").read_text() == "new"
 
 
 def test_a_process_that_does_not_write_reads(tmp_path):

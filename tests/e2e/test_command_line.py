@@ -129,9 +129,15 @@ def test_a_gate_that_refuses_everything_ships_float_with_the_reason(deploycc, tm
     )
     words = ("compile", "net.py:make", "--target", tmp_path / "strict.toml", *DATA, "--metric", "sqnr")
     document = deploycc(*words, "-o", tmp_path / "b", "--json").json
-    assert [attempt["passed"] for attempt in document["attempts"]] == [True, False, False, False, False]
+    assert [attempt["passed"] for attempt in document["attempts"]] == [True, *[False] * 6]
+    last = [attempt["pipeline"].rpartition(", ")[2] for attempt in document["attempts"]]
+    calibrations = ["none", "percentile", "output-mse"]
+    assert [f"calibration={name} " in text for name, text in zip(calibrations, last[1:4], strict=True)] == [True] * 3
+    assert [text.rpartition("fallback=")[2] for text in last[1:]] == ["0}", "0}", "0}", "1}", "2}", "4}"]
     assert document["decision"]["shipped"] == "float"
-    assert "the accuracy gate refused all 4 attempts" in document["decision"]["reason"]
+    assert "the accuracy gate refused all 6 attempts" in document["decision"]["reason"]
+    (untried,) = document["decision"]["untried"]  # three of the net's four operators are in float already
+    assert "fallback=8}: it makes the same model as" in untried
     assert document["exit_status"] == 0  # the float artifact meets every limit
     within = deploycc(*words, "--budget", "1s", "-o", tmp_path / "c", "--json").json
     assert len(within["attempts"]) == 2  # the float artifact and one attempt: the budget was over after it
