@@ -57,13 +57,14 @@ MODELS = (
 # What `deploycc compile` is given as --passes; the target's own pipeline where nothing is said.
 PASSES = {"minilm": "update-opset, fold-constants, quantize-dynamic{outliers=8}"}
 
-NONE = "clip-weights=false keep-sums=false correct-bias=false"
+NONE = "clip-weights=false keep-sums=false correct-bias=none"
 STATIC = "quantize-static{islands=keep}"
 ABLATION = (
     Row("min-max, nothing else", f"quantize-static{{calibration=minmax {NONE}}}"),
-    Row("+ clip-weights", "quantize-static{calibration=minmax keep-sums=false correct-bias=false}"),
-    Row("+ keep-sums", "quantize-static{calibration=minmax clip-weights=false correct-bias=false}"),
-    Row("+ correct-bias", "quantize-static{calibration=minmax clip-weights=false keep-sums=false}"),
+    Row("+ clip-weights", "quantize-static{calibration=minmax keep-sums=false correct-bias=none}"),
+    Row("+ keep-sums", "quantize-static{calibration=minmax clip-weights=false correct-bias=none}"),
+    Row("+ correct-bias=expected", "quantize-static{calibration=minmax clip-weights=false keep-sums=false}"),
+    Row("+ correct-bias=measured", "quantize-static{calibration=minmax clip-weights=false keep-sums=false correct-bias=measured}"),
     Row("+ percentile", f"quantize-static{{calibration=percentile {NONE}}}"),
     Row("+ entropy", f"quantize-static{{calibration=entropy {NONE}}}"),
     Row("+ mse", f"quantize-static{{calibration=mse {NONE}}}"),
@@ -72,7 +73,9 @@ ABLATION = (
     Row("quantize-static", STATIC),
     Row("… without clip-weights", "quantize-static{clip-weights=false}"),
     Row("… without keep-sums", "quantize-static{keep-sums=false}"),
-    Row("… without correct-bias", "quantize-static{correct-bias=false}"),
+    Row("… without correct-bias", "quantize-static{correct-bias=none}"),
+    Row("… with correct-bias=measured", "quantize-static{correct-bias=measured}"),
+    Row("equalize-layers, quantize-static, correct-bias=measured", "equalize-layers, quantize-static{correct-bias=measured}"),
     Row("… on output-mse", "quantize-static{calibration=output-mse}"),
     Row("equalize-layers, quantize-static", f"equalize-layers, {STATIC}"),
     Row("equalize-layers, quantize-static on output-mse", "equalize-layers, quantize-static{calibration=output-mse}"),

@@ -15,7 +15,7 @@ Exported graphs often have a batch of one written into them. Many rows at once t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,6 +130,23 @@ class OnnxModule(nn.Module):
             for name in step.last_use:
                 del values[name]
         return tuple(values[name] for name in self.outputs)
+
+    def side_by_side(self, calls: Sequence[Sequence[torch.Tensor]]) -> Iterator[tuple[str, list[Any]]]:
+        """Compute every node over all calls before the next one; gives each output's name and its tensor of every call.
+
+        The caller may change those tensors in place: what comes after reads them. Memory is that of all calls' living tensors.
+        """
+        constants: dict[str, Any] = {name: getattr(self, key) for name, key in self.constants.items()} | {"": None}
+        values = [constants | dict(zip(self.inputs, call, strict=True)) for call in calls]
+        for step in self.steps:
+            for call in values:
+                found = self._run(step, [call[name] for name in step.inputs], None, None)
+                call |= dict(zip(step.outputs, found if isinstance(found, tuple | list) else (found,), strict=False))
+            for name in step.outputs:
+                yield name, [call.get(name) for call in values]
+            for call in values:
+                for name in step.last_use:
+                    del call[name]
 
     def _run(self, step: Step, inputs: list[Any], size: int | None, device: Any) -> Any:
         if step.run is None:

@@ -67,7 +67,7 @@ class Job:
         placement = split_hard_swish(model.graph, placement)
         scales = {name: _qdq.activation_scale(*found, quant) for name, found in ranges.items()}
         scales |= {name: _qdq.gate_scale(alpha, quant) for name, alpha in gate_outputs(model.graph, placement).items()}
-        how = _qdq.How(options.clip_weights, options.keep_sums, options.correct_bias, options.holds_pairs)
+        how = _qdq.How(options.clip_weights, options.keep_sums, options.correct_bias != "none", options.holds_pairs)
         writer = _qdq.Writer(model.graph, placement, scales, means, quant, how, self._codes)
         writer.write()
         _clean(model)
@@ -189,7 +189,7 @@ class Job:
         more_float = self.options.islands == "measured" or self.options.fallback
         ranged = dict.fromkeys(placement.leaders if more_float else placement.leaders.values())
         histograms = {name: Histogram(keep_counts=self.method not in ("minmax", "moving-average")) for name in ranged}
-        weighted = weighted_inputs(self.model.graph, placement) if self.options.correct_bias else {}
+        weighted = weighted_inputs(self.model.graph, placement) if self.options.correct_bias != "none" else {}
         means = {name: Mean(axis) for name, axis in weighted.items()}
         if self.method == "output-mse":
             self._outputs = watch(self.model.graph, placement, calls(artifact, context), context.seed)

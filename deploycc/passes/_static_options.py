@@ -26,7 +26,8 @@ class StaticOptions(Pass):
         percentile: share of values that percentile calibration keeps on each side, in percent.
         clip_weights: choose each weight scale by least squared error instead of by the largest weight.
         keep_sums: round kernels over few channels so that the sum of their taps survives.
-        correct_bias: take the mean error that rounding the weights makes out of the biases.
+        correct_bias: what is taken out of the biases: none; expected = the mean error that rounding the weights makes; measured = that of
+            everything, layer after layer (`_measured_bias`).
         skip: names of operators to leave in float.
         islands: keep = integers wherever the rules allow them; measured = what the clock says is faster in float is put back, on the
             target's own machine only. Another compile may then choose otherwise.
@@ -44,7 +45,7 @@ class StaticOptions(Pass):
     percentile: float = 99.99
     clip_weights: bool = True
     keep_sums: bool = True
-    correct_bias: bool = True
+    correct_bias: Literal["none", "expected", "measured"] = "expected"
     skip: tuple[str, ...] = ()
     islands: Literal["keep", "measured"] = "keep"
     fallback: int = 0
@@ -105,6 +106,17 @@ class StaticOptions(Pass):
         if self.fallback:
             whole = job.worst_in_float(whole)
         return whole if self.islands == "keep" else job.without_islands(whole), model
+
+    def corrected(self, artifact: Artifact, float_model: ir.Model, context: Context) -> Artifact:
+        """The quantized artifact with its measured mean errors taken out, where correct-bias asks for it."""
+        from deploycc.forms.onnx import clone
+        from deploycc.passes import _measured_bias
+
+        if self.correct_bias != "measured":
+            return artifact
+        model = clone(artifact.model)
+        note, facts = _measured_bias.told(_measured_bias.correct(model, float_model, artifact, context))
+        return artifact.evolve(model, notes=(*artifact.notes, note), details={**artifact.details, "bias_shifts": facts})
 
     def retreats(self) -> tuple[Pass, ...]:
         """More and more of the worst operators in float."""

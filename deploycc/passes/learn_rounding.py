@@ -93,7 +93,8 @@ class LearnRounding(StaticOptions):
         note = f"{len(told)} layers learned: {mean[0]:.2e} → {mean[1]:.2e} of their outputs' energy lost on average; most won: {named}"
         rest = (f"rounded to nearest, not learned: {', '.join(others)}",) if others else ()
         losses: dict[str, Any] = {name: [found.before, found.after] for name, found in told}
-        return start.evolve(model, notes=(*start.notes, note, *rest), details={**start.details, "learned": losses})
+        learned = start.evolve(model, notes=(*start.notes, note, *rest), details={**start.details, "learned": losses})
+        return self.corrected(learned, float_model, context)
 
     @classmethod
     def rescue(cls, pipeline: Pipeline, target: Target) -> Pipeline | None:

@@ -25,7 +25,8 @@ class QuantizeStatic(StaticOptions):
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Place, calibrate, write; with islands=measured, time what came out, and write again."""
-        return self.quantized(artifact, context)[0]
+        quantized, float_model = self.quantized(artifact, context)
+        return self.corrected(quantized, float_model, context)
 
     def alternatives(self, target: Target) -> tuple[Pass, ...]:
         """The other ways to choose ranges, cheap to dear."""

@@ -96,8 +96,8 @@ def test_less_is_lost_than_by_nearest_rounding(coarse, share, monkeypatch):
     )
     smooth = np.random.default_rng(3).normal(size=(64, 3, 1, 1)) + 0.1 * np.random.default_rng(4).normal(size=(64, 3, 8, 8))
     ctx = context(artifact, data=list(smooth.astype(np.float32)), quant=Quant(reduce_range=coarse))
-    plain = QuantizeStatic(keep_sums=False, correct_bias=False)(artifact, ctx)
-    learned = LearnRounding(keep_sums=False, correct_bias=False, steps=200, rows=1024, lr=0.05)(artifact, ctx)
+    plain = QuantizeStatic(keep_sums=False, correct_bias="none")(artifact, ctx)
+    learned = LearnRounding(keep_sums=False, correct_bias="none", steps=200, rows=1024, lr=0.05)(artifact, ctx)
     feeds = list(ctx.data.calibration(artifact))
     wanted = outputs(artifact, feeds)
     lost = [np.sum((wanted - outputs(made, feeds)) ** 2) for made in (plain, learned)]
