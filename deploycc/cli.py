@@ -321,6 +321,30 @@ def verify(bundle: Path, json: Json = False) -> None:
 
 
 @app.command()
+def debug(
+    bundle: Path,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help=f"What it was compiled from (default: as recorded). {MODEL_HELP}.")
+    ] = None,
+    data: DataText = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calls that both are run on.")] = 8,
+    below: Annotated[float, typer.Option(help="SQNR in dB under which a tensor has diverged.")] = 10.0,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Every tensor, in the graph's order.")] = False,
+    json: Json = False,
+) -> None:
+    """Where a bundle's answers part from the float model's, tensor by tensor in its real runtime."""
+    from deploycc import debug as debugging
+    from deploycc import render_graph
+
+    with _progress() as progress:
+        found = debugging.debug(bundle, model=model, data=data, samples=samples, below=below, progress=progress)
+    if json:
+        _emit(render_graph.debugged_json(found))
+    else:
+        _print(render_graph.debugged(found, every=tensors))
+
+
+@app.command()
 def inspect(
     thing: Annotated[str, typer.Argument(metavar="X", help="A bundle, .onnx, .pt2 or model.")],
     inputs: Inputs = None,
@@ -329,14 +353,14 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Signature, operators, precision coverage, MACs and bytes."""
-    from deploycc import render, tools
+    from deploycc import render_graph, tools
     from deploycc.planning import parse_shapes
 
     found = tools.inspect(thing, inputs=parse_shapes(inputs or []), weights=weights, random_weights=random_weights)
     if json:
         _emit(found)
     else:
-        _print(render.inspection(found))
+        _print(render_graph.inspection(found))
 
 
 Name = Annotated[str | None, typer.Argument(help="With a name: its manual.")]

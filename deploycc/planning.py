@@ -272,6 +272,35 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int | str, ...]]:
     return shapes
 
 
+FLAGS = {"--random-weights": ("random_weights", True), "--no-resume": ("resume", False)}
+KEPT = ("data", "calibration", "passes", "weights", "metric", "seed")
+
+
+def parse_command_line(text: str) -> tuple[str, Options]:
+    """MODEL, and of the options those that decide which model and which samples are meant: the inverse of `command_line`.
+
+    Raises:
+        UsageError: it is no command line of `deploycc compile`.
+    """
+    words = shlex.split(text)
+    if words[:2] != ["deploycc", "compile"] or len(words) < 3:
+        raise UsageError(f"'{text}' is not how a bundle is compiled", fix="give --model and --data")
+    given: dict[str, Any] = {}
+    shapes: list[str] = []
+    rest = iter(words[3:])
+    for word in rest:
+        if word in FLAGS:
+            name, value = FLAGS[word]
+            given[name] = value
+        elif word == "--input":
+            shapes.append(next(rest, ""))
+        else:
+            name, value = word.removeprefix("--"), next(rest, "")
+            if name in KEPT:
+                given[name] = int(value) if name == "seed" else value
+    return words[2], options(**given, inputs=parse_shapes(shapes))
+
+
 def command_line(planned: Plan, model: str, options: Options) -> str:
     """What to type to do the same again."""
     words = ["deploycc", "compile", model, "--target", planned.target.name]

@@ -402,27 +402,6 @@ def prediction(found: Mapping[str, Any]) -> Any:
     return table
 
 
-def inspection(found: Mapping[str, Any]) -> str:
-    """What `inspect` found, as text."""
-    lines = [f"{found['name']} ({found['kind']})"]
-    lines += [f"! {notice}" for notice in found["notices"]]
-    for side in ("inputs", "outputs"):
-        lines += [f"  {side[:-1]:7} {item['name']}: {item['dtype']}{item['shape']}" for item in found["signature"][side]]
-    if found["kind"] == "bundle":
-        runtime = found["runtime"]
-        versions = f"{runtime.get('version', '')} (at least {runtime.get('minimum', '?')})"
-        lines.append(f"  target  {found['target']}, {runtime['package']} {versions}")
-        lines += [f"  file    {item['path']}  {size(item['bytes'])}" for item in found["files"]]
-    else:
-        lines.append(f"  weights {size(found['bytes'])}, {count(found['parameters'])} parameters, {count(found['macs'])} MACs")
-        lines.append("  operators " + ", ".join(f"{name} {number}" for name, number in found["operators"].items()))
-    coverage = found["coverage"]
-    if coverage:
-        lines.append(f"  int8    {percent(coverage['int8_macs'])} of the MACs, {coverage['int8_operators']} operators")
-        lines += [f"  float   {operator}: {reason}" for operator, reason in coverage["float_operators"]]
-    return "\n".join(lines)
-
-
 def _state(item: Mapping[str, Any]) -> str:
     return f"ok, {item['version']}" if item["version"] else f"missing: {item['missing']}; {item['install']}"
 

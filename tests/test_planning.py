@@ -4,7 +4,7 @@ import pytest
 
 from deploycc.core.artifact import Form
 from deploycc.errors import UsageError
-from deploycc.planning import Options, command_line, parse_quantity, parse_shapes, plan, resolve_target
+from deploycc.planning import Options, command_line, parse_command_line, parse_quantity, parse_shapes, plan, resolve_target
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,21 @@ def test_a_plan_runs_nothing_and_needs_no_file():
     assert planned.form is Form.ONNX
     assert planned.dropped == ("export-onnx",)
     assert not planned.native or planned.misfit is None
+
+
+def test_a_recorded_command_line_is_read_back():
+    given = Options(
+        target="arm64-onnxruntime", data="my photos/", passes="-fold-batchnorm", weights=Path("w.safetensors"), seed=3, threads=2,
+        inputs={"x": ("N", 3, 8, 8), "y": (1,)}, random_weights=True, resume=False, max_drop=0.02,
+    )  # fmt: skip
+    model, found = parse_command_line(command_line(plan("net.onnx", Options(target="arm64-onnxruntime")), "net.onnx", given))
+    assert model == "net.onnx"
+    kept = ("data", "calibration", "passes", "weights", "seed", "inputs", "random_weights", "resume", "metric")
+    assert [getattr(found, name) for name in kept] == [getattr(given, name) for name in kept]
+    assert found.max_drop is None  # a limit decides neither the model nor the samples
+
+
+@pytest.mark.parametrize("text", ["", "deploycc plan net.onnx", "deploycc compile"])
+def test_what_is_no_command_line_is_refused(text):
+    with pytest.raises(UsageError, match="is not how a bundle is compiled"):
+        parse_command_line(text)

@@ -93,7 +93,7 @@ def _dequantized(value: ir.Value | None) -> bool:
 def _won(
     whole: Artifact, artifact: Artifact, model: ir.Model, without: Callable[[str], Artifact], names: Sequence[str], context: Context
 ) -> dict[str, float]:
-    from deploycc.passes._static_job import tapped
+    from deploycc.forms._taps import tapped
 
     outputs = [value.name or "" for value in model.graph.outputs]
     feeds = list(itertools.islice(context.data.calibration(artifact), CALLS))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,6 +87,7 @@ class Job:
 
     def held_or_full(self, held: Artifact) -> Artifact:
         """`held`, or with weights of full range where these are predicted to be nearer to float though their pairs saturate."""
+        from deploycc.forms._taps import tapped
         from deploycc.passes._saturation import worth_it
 
         if not self._holds:
@@ -221,6 +220,8 @@ def calls(artifact: Artifact, context: Context) -> int:
 
 def observe(model: ir.Model, names: Sequence[str], artifact: Artifact, context: Context, what: str) -> Iterator[dict[str, np.ndarray]]:
     """The tensors called `names`, call after call over the calibration samples; `what` names the step. Raises DataError for NaN or Inf."""
+    from deploycc.forms._taps import tapped
+
     run, total = tapped(model, list(names)), calls(artifact, context)
     for done, feeds in enumerate(context.data.calibration(artifact), 1):
         artifact.signature.check(feeds)
@@ -233,36 +234,6 @@ def observe(model: ir.Model, names: Sequence[str], artifact: Artifact, context: 
                 )
         yield tensors
         context.progress(what, done, total)
-
-
-def tapped(model: ir.Model, names: list[str]) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
-    """A function that runs `model` and returns the tensors called `names`."""
-    import onnx_ir as ir
-    import onnxruntime as ort
-
-    from deploycc.forms.onnx import clone, write
-    from deploycc.runtime.machine import available_cores
-
-    tapped = clone(model)
-    present = {value.name for value in tapped.graph.outputs}
-    inputs = {value.name for value in tapped.graph.inputs}
-    for value in (value for node in tapped.graph for value in node.outputs):
-        if value.name in names and value.name not in present:
-            value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
-            tapped.graph.outputs.append(value)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = available_cores()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:
-        session = ort.InferenceSession(str(write(tapped, Path(folder))), options, providers=["CPUExecutionProvider"])
-    wanted = [name for name in names if name not in inputs]
-
-    def run(feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        found = dict(zip(wanted, session.run(wanted, feeds), strict=True)) if wanted else {}  # asked for nothing, it gives all outputs
-        return [feeds[name] if name in inputs else np.asarray(found[name]) for name in names]
-
-    return run
 
 
 def _clean(model: ir.Model) -> None:

@@ -48,6 +48,35 @@ def test_what_ships_follows_from_what_was_measured(compiled):
         assert shipped["name"] == ("compiled" if high < float_low else "float")
 
 
+def test_debug_makes_the_float_graph_again_and_compares(compiled, deploycc_with):
+    out, _ = compiled
+    deploycc = deploycc_with(out.parent / "cache")
+    document = deploycc("debug", out, "--json").json
+    assert document["model"] == "net.py:make"
+    assert document["samples"] == 8
+    assert document["outputs_db"] > 15
+    assert document["first"] is None
+    kinds = {"compiled": {True, False}, "float": {False}}  # on a busy machine int8 may not be faster
+    assert {tensor["integer"] for tensor in document["tensors"]} == kinds[compiled[1].json["decision"]["shipped"]]
+    text = deploycc("debug", out, "--below", "90", "--data", "data.npz", "--samples", "2").out
+    assert "2 samples" in text
+    assert "first tensor under 90 dB: " in text
+    lost = deploycc("debug", out, "--model", "missing.py:make")
+    assert lost.status == 2
+    assert "the float model cannot be made again" in lost.err
+    assert "give --model and --data" in lost.err
+
+
+def test_debug_of_a_bundle_compiled_without_data_asks_for_some(deploycc, tmp_path):
+    out = tmp_path / "float"
+    made = deploycc("compile", "net.py:make", *TARGET, "--passes", "fold-batchnorm, export-onnx", "-o", out)
+    assert made.status == 0, made.err
+    refused = deploycc("debug", out)
+    assert refused.status == 2
+    assert "was compiled without data, so there is nothing to run" in refused.err
+    assert "outputs" in deploycc("debug", out, "--data", "data.npz").out
+
+
 def test_every_pass_has_a_receipt(compiled):
     receipts = compiled[1].json["attempts"][-1]["receipts"]
     assert [receipt["spec"].partition("{")[0] for receipt in receipts] == [

@@ -1,0 +1,81 @@
+"""What a user sees of a graph: of `inspect` and of `debug`. Pure text, or plain values for --json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from deploycc import manual
+from deploycc.render import count, decibel, percent, size
+
+if TYPE_CHECKING:
+    from deploycc.debug import Debugged, Tensor
+
+WORST = 8
+
+
+def inspection(found: Mapping[str, Any]) -> str:
+    """What `inspect` found, as text."""
+    lines = [f"{found['name']} ({found['kind']})"]
+    lines += [f"! {notice}" for notice in found["notices"]]
+    for side in ("inputs", "outputs"):
+        lines += [f"  {side[:-1]:7} {item['name']}: {item['dtype']}{item['shape']}" for item in found["signature"][side]]
+    if found["kind"] == "bundle":
+        runtime = found["runtime"]
+        versions = f"{runtime.get('version', '')} (at least {runtime.get('minimum', '?')})"
+        lines.append(f"  target  {found['target']}, {runtime['package']} {versions}")
+        lines += [f"  file    {item['path']}  {size(item['bytes'])}" for item in found["files"]]
+    else:
+        lines.append(f"  weights {size(found['bytes'])}, {count(found['parameters'])} parameters, {count(found['macs'])} MACs")
+        lines.append("  operators " + ", ".join(f"{name} {number}" for name, number in found["operators"].items()))
+    coverage = found["coverage"]
+    if coverage:
+        lines.append(f"  int8    {percent(coverage['int8_macs'])} of the MACs, {coverage['int8_operators']} operators")
+        lines += [f"  float   {operator}: {reason}" for operator, reason in coverage["float_operators"]]
+    return "\n".join(lines)
+
+
+def debugged(found: Debugged, *, every: bool) -> str:
+    """What `debug` found."""
+    lines = [f"{found.bundle} against {found.model} in float, {found.samples} samples: outputs {decibel(found.outputs_db)}"]
+    lines += [f"note: {note}" for note in found.notes]
+    lines += ["", "after each pass, as compiled: " + ", ".join(f"{stage.name} {_db(stage.sqnr_db)}" for stage in found.stages), ""]
+    first = found.first
+    if first is None:
+        lines.append(f"no tensor is under {found.diverged_db:g} dB")
+    else:
+        lines.append(f"first tensor under {found.diverged_db:g} dB: {first.name}, {first.sqnr_db:.1f} dB, made by {first.operator}")
+    lines += ["", "every tensor, in the graph's order" if every else f"where most noise comes in, of {len(found.tensors)} tensors"]
+    lines.append(manual.table([HEAD, *map(_row, found.tensors if every else found.worst[:WORST])]))
+    if not every:
+        lines += ["", 'next: --tensors lists every tensor; what is worst can be left in float: --passes "…, quantize-static{fallback=4}"']
+    return "\n".join(lines)
+
+
+HEAD = ("SQNR dB", "NOISE ADDED", "KERNEL dB", "IN", "TENSOR", "MADE BY")
+
+
+def _row(tensor: Tensor) -> tuple[str, ...]:
+    integers = "int8" if tensor.integer else "float"
+    return (_db(tensor.sqnr_db), percent(tensor.added, 3), _db(tensor.kernel_db), integers, tensor.name, tensor.operator)
+
+
+def _db(value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return "equal" if value == math.inf else f"{value:.1f}"
+
+
+def debugged_json(found: Debugged) -> dict[str, Any]:
+    """The same as plain values; None for an SQNR without noise."""
+    return _finite({**asdict(found), "first": asdict(found.first) if found.first else None})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
