@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from deploycc import manual
-from deploycc.render import count, decibel, percent, size
+from deploycc.render import count, decibel, finite, percent, size
 
 if TYPE_CHECKING:
     from deploycc.debug import Debugged, Tensor
@@ -69,13 +69,5 @@ def _db(value: float | None) -> str:
 
 
 def debugged_json(found: Debugged) -> dict[str, Any]:
-    """The same as plain values; None for an SQNR without noise."""
-    return _finite({**asdict(found), "first": asdict(found.first) if found.first else None})
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """The same as plain values."""
+    return finite({**asdict(found), "first": asdict(found.first) if found.first else None})

@@ -14,7 +14,7 @@ import numpy as np
 
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, Violation
-from deploycc.core.target import Target
+from deploycc.core.target import WIDE_DOT_PRODUCTS, Target, machine
 from deploycc.core.timing import NodeTime
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SESSION = "onnxruntime"
 WEIGHT_ONLY = "MatMulNBits"
 INTEGER_LEVEL = 4
+EXACT = "8-bit products saturate on this CPU and not on the target: answers are judged in exact arithmetic"
 KERNEL = "_kernel_time"  # how the runtime's profiler ends the names of operators
 # Operators of the runtime's optimized graph that multiply integers.
 INTEGER = frozenset(
@@ -75,10 +76,15 @@ class OnnxRuntime:
             },
             signature=artifact.signature,
             coverage=coverage(model, artifact.quant, folder / files[0]),
+            notes=(EXACT,) if artifact.quant is not None and saturates_here(target) else (),
         )
 
     def open(self, built: Built, target: Target, *, threads: int) -> Session:
-        """The device's own session."""
+        """The device's own session; exact arithmetic where this CPU's 8-bit products saturate and the target's do not."""
+        if saturates_here(target):
+            from deploycc.forms.onnx import OnnxSession, read
+
+            return OnnxSession(read(built.folder / built.files[0]), built.signature, threads)
         module = importlib.import_module(f"deploycc.runtime.sessions.{SESSION}")
         return module.open(built.folder / built.files[0], built.signature, built.runtime, threads)
 
@@ -96,6 +102,13 @@ class OnnxRuntime:
             for call in range(runs):
                 session.run(None, dict(feeds[call % len(feeds)]))
             return _node_times(json.loads(Path(session.end_profiling()).read_text()))
+
+
+def saturates_here(target: Target) -> bool:
+    """Whether this x86 CPU would lose what the target's own kernels do not: full-range weights, and no dot product in int32 here."""
+    full = target.quant.activations == "uint8" and target.quant.weights == "int8" and not target.quant.reduce_range
+    arch, flags = machine()
+    return full and arch == "x86_64" and not WIDE_DOT_PRODUCTS & flags
 
 
 def _node_times(events: Sequence[Mapping[str, Any]]) -> list[NodeTime]:
