@@ -350,9 +350,10 @@ def inspect(
     inputs: Inputs = None,
     weights: Weights = None,
     random_weights: RandomWeights = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Every kernel of the runtime's own graph, with its precision.")] = False,
     json: Json = False,
 ) -> None:
-    """Signature, operators, precision coverage, MACs and bytes."""
+    """Signature, operators, the precision that the runtime computes in, MACs and bytes."""
     from deploycc import render_graph, tools
     from deploycc.planning import parse_shapes
 
@@ -360,7 +361,7 @@ def inspect(
     if json:
         _emit(found)
     else:
-        _print(render_graph.inspection(found))
+        _print(render_graph.inspection(found, every=kernels))
 
 
 Name = Annotated[str | None, typer.Argument(help="With a name: its manual.")]

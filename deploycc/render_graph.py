@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from deploycc import manual
-from deploycc.render import count, decibel, finite, percent, size
+from deploycc.render import DASH, count, decibel, finite, percent, size
 
 if TYPE_CHECKING:
     from deploycc.debug import Debugged, Tensor
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 WORST = 8
 
 
-def inspection(found: Mapping[str, Any]) -> str:
-    """What `inspect` found, as text."""
+def inspection(found: Mapping[str, Any], *, every: bool = False) -> str:
+    """What `inspect` found, as text; with `every`, each kernel of the runtime's graph."""
     lines = [f"{found['name']} ({found['kind']})"]
     lines += [f"! {notice}" for notice in found["notices"]]
     for side in ("inputs", "outputs"):
@@ -34,7 +35,30 @@ def inspection(found: Mapping[str, Any]) -> str:
     if coverage:
         lines.append(f"  int8    {percent(coverage['int8_macs'])} of the MACs, {coverage['int8_operators']} operators")
         lines += [f"  float   {operator}: {reason}" for operator, reason in coverage["float_operators"]]
+    if found["kernels"] is not None:
+        lines += _kernels(found["kernels"], every=every)
     return "\n".join(lines)
+
+
+def _kernels(kernels: Sequence[Mapping[str, Any]], *, every: bool) -> list[str]:
+    """How many of each kind in each precision, and the MACs that they make."""
+    total = sum(kernel["macs"] or 0 for kernel in kernels)
+    lines = ["", f"the runtime's own graph, {len(kernels)} kernels:"]
+    if every:
+        rows = [(kernel["precision"], _share(kernel["macs"], total), kernel["operator"], kernel["name"]) for kernel in kernels]
+        return [*lines, manual.table([("PRECISION", "MACS", "KERNEL", "NAME"), *rows], indent="  ")]
+    rows = [("PRECISION", "MACS", "KERNELS")]
+    for precision in ("int8", "float", "conversion"):
+        same = [kernel for kernel in kernels if kernel["precision"] == precision]
+        if same:
+            kinds = Counter(kernel["operator"] for kernel in same).most_common()
+            macs = _share(sum(kernel["macs"] or 0 for kernel in same), total)
+            rows.append((precision, macs, ", ".join(f"{kind} {number}" for kind, number in kinds)))
+    return [*lines, manual.table(rows, indent="  "), "next: --kernels lists every one"]
+
+
+def _share(macs: int | None, total: int) -> str:
+    return percent(macs / total) if macs and total else DASH
 
 
 def debugged(found: Debugged, *, every: bool) -> str:

@@ -16,7 +16,7 @@ from deploycc.bench.harness import Candidate, measure
 from deploycc.bench.result import BenchResult
 from deploycc.core import target as targets
 from deploycc.core.artifact import Artifact, Feeds, Form
-from deploycc.core.contract import ModelRequest, Progress, Session, silent
+from deploycc.core.contract import Maps, ModelRequest, Progress, Session, silent
 from deploycc.core.data import Data
 from deploycc.core.registry import BACKENDS, FORMS
 from deploycc.core.target import Bench
@@ -151,6 +151,7 @@ def inspect(thing: str, *, inputs: Shapes, weights: Path | None, random_weights:
             "runtime": dict(manifest["runtime"]),
             "signature": loaded.signature.to_json(),
             "coverage": manifest["shipped"]["coverage"],
+            "kernels": _kernels(manifest["target"]["backend"], loaded.model),
             "decision": manifest.get("decision"),
             "notices": manifest.get("notices", []),
             "files": [{"path": item["path"], "bytes": (loaded.folder / item["path"]).stat().st_size} for item in bundles.listed(manifest)],
@@ -158,6 +159,7 @@ def inspect(thing: str, *, inputs: Shapes, weights: Path | None, random_weights:
     artifact = load_model(thing, inputs, weights, random_weights)
     form = FORMS.get(artifact.form.value)
     stats = form.stats(artifact)
+    coverage, kernels = _precision(artifact)
     return {
         "kind": artifact.form.value,
         "name": thing,
@@ -166,20 +168,29 @@ def inspect(thing: str, *, inputs: Shapes, weights: Path | None, random_weights:
         "parameters": stats.parameters,
         "macs": stats.macs,
         "operators": dict(Counter(form.operators(artifact.model)).most_common()),
-        "coverage": _coverage(artifact),
+        "coverage": coverage,
+        "kernels": kernels,
         "notices": list(artifact.notices),
     }
 
 
-def _coverage(artifact: Artifact) -> dict[str, Any] | None:
-    """Precision in ONNX Runtime for an ONNX model; None for a torch model, whose runtime is not decided yet."""
+def _precision(artifact: Artifact) -> tuple[dict[str, Any] | None, list[dict[str, Any]] | None]:
+    """Coverage and kernels in ONNX Runtime for an ONNX model; None for a torch model, whose runtime is not decided yet."""
     if artifact.form is not Form.ONNX:
-        return None
+        return None, None
     backend = BACKENDS.get("onnxruntime")
     any_cpu = targets.Target(name="inspect", title="", backend=backend.name, arch="aarch64", pipeline="")
     with tempfile.TemporaryDirectory() as folder:
-        found = backend.build(artifact, any_cpu, Path(folder)).coverage
-    return asdict(found)
+        built = backend.build(artifact, any_cpu, Path(folder))
+        return asdict(built.coverage), _kernels(backend.name, Path(folder) / built.files[0])
+
+
+def _kernels(name: str, model: Path) -> list[dict[str, Any]] | None:
+    """The graph that the runtime computes; None where it does not show it, or is not here."""
+    backend = BACKENDS.get(name) if name in BACKENDS.names() else None
+    if not isinstance(backend, Maps) or not backend.available():
+        return None
+    return [asdict(kernel) for kernel in backend.kernels(model)]
 
 
 def doctor() -> dict[str, Any]:

@@ -5,39 +5,25 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from deploycc.core.artifact import Artifact, Form, QuantInfo
-from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, Violation
+from deploycc.backends._onnxruntime_graph import coverage, kernels
+from deploycc.core.artifact import Artifact, Form
+from deploycc.core.contract import Availability, Built, Constraint, Kernel, Session, Violation
 from deploycc.core.target import WIDE_DOT_PRODUCTS, Target, machine
 from deploycc.core.timing import NodeTime
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    pass
 
 SESSION = "onnxruntime"
-WEIGHT_ONLY = "MatMulNBits"
-INTEGER_LEVEL = 4
 EXACT = "8-bit products saturate on this CPU and not on the target: answers are judged in exact arithmetic"
 KERNEL = "_kernel_time"  # how the runtime's profiler ends the names of operators
-# Operators of the runtime's optimized graph that multiply integers.
-INTEGER = frozenset(
-    {
-        "ConvInteger",
-        "DynamicQuantizeLSTM",
-        "DynamicQuantizeMatMul",
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "QGemm",
-        "QLinearConv",
-        "QLinearMatMul",
-    }
-)
 
 
 class OnnxRuntime:
@@ -87,6 +73,12 @@ class OnnxRuntime:
             return OnnxSession(read(built.folder / built.files[0]), built.signature, threads)
         module = importlib.import_module(f"deploycc.runtime.sessions.{SESSION}")
         return module.open(built.folder / built.files[0], built.signature, built.runtime, threads)
+
+    def kernels(self, model: Path) -> list[Kernel]:
+        """From the runtime's optimized graph, before its blocked memory layouts."""
+        from deploycc.forms.onnx import read
+
+        return kernels(read(model), model)
 
     def profile(self, built: Built, target: Target, feeds: Sequence[Mapping[str, np.ndarray]], *, runs: int) -> list[NodeTime]:
         """ONNX Runtime's profiler, with the session's settings of a bundle."""
@@ -161,83 +153,3 @@ def kernels_exist(artifact: Artifact, target: Target) -> list[Violation]:
         except Exception as error:  # noqa: BLE001  ONNX Runtime raises several unrelated classes; the message is the finding
             return [Violation("ONNX Runtime", str(error).strip().splitlines()[0])]
     return []
-
-
-def coverage(model: ir.Model, quant: QuantInfo | None, path: Path) -> Coverage:
-    """Share of MACs in integer kernels, from the graph the runtime made of the file at `path`; both branches of an If count."""
-    from deploycc.forms._macs import infer_shapes, is_heavy, node_macs
-    from deploycc.forms.onnx import graphs
-
-    inferred, optimized = _nodes(infer_shapes(model)), _nodes(_optimized(path))
-    shapes = {value.name: value.shape for node in inferred for value in node.outputs if value.shape is not None}
-    shapes |= {value.name: value.shape for graph in graphs(model) for value in graph.inputs}
-    # The total is the written model's: where the runtime fuses in float, it makes tensors that have no shape.
-    total = _sum(node_macs(node) for node in inferred if is_heavy(node.op_type))
-    integers: list[int | None] = []
-    left: list[tuple[str, str]] = []
-    reasons = dict(quant.left_float) if quant else {}
-    for node in optimized:
-        if _multiplies_integers(node):
-            _fill_shapes(node, shapes)
-            integers.append(node_macs(node))
-        elif is_heavy(node.op_type) and quant is not None:
-            left.append((f"{node.name} ({node.op_type})", _reason(node, reasons)))
-    whole = _sum(integers)
-    share = None if total is None or whole is None else whole / total if total else 0.0
-    return Coverage(share, len(integers), tuple(left) if quant else (("every operator", "the artifact is float"),))
-
-
-def _nodes(model: ir.Model) -> list[Any]:
-    """Those of sub-graphs too."""
-    from deploycc.forms.onnx import graphs
-
-    return [node for graph in graphs(model) for node in graph]
-
-
-def _multiplies_integers(node: Any) -> bool:
-    """Whether both operands are integers: a MatMulNBits quantizes its input at accuracy level 4 only."""
-    if node.op_type == WEIGHT_ONLY:
-        return node.attributes.get_int("accuracy_level", 0) == INTEGER_LEVEL
-    return node.op_type in INTEGER
-
-
-def _sum(macs: Iterable[int | None]) -> int | None:
-    """None when one of them is not known."""
-    known = list(macs)
-    return None if None in known else sum(item or 0 for item in known)
-
-
-def _reason(node: Any, reasons: Mapping[str, str]) -> str:
-    if node.op_type == WEIGHT_ONLY:
-        return "integer weights, multiplied in float (accuracy_level below 4)"
-    for label, reason in reasons.items():
-        if label.split(" (")[0] in (node.name or ""):
-            return reason
-    return "ONNX Runtime found no integer kernel for it"
-
-
-def _fill_shapes(node: Any, shapes: Mapping[str | None, Any]) -> None:
-    """Give a node of the optimized graph the shapes of the tensors it kept from the original."""
-    for value in (*node.inputs, *node.outputs):
-        if value is None or value.shape is not None:
-            continue
-        if value.const_value is not None:
-            value.shape = value.const_value.shape
-        elif value.name in shapes:
-            value.shape = shapes[value.name]
-
-
-def _optimized(path: Path) -> ir.Model:
-    """The runtime's graph after fusion, before its blocked memory layouts (their names hide the operators)."""
-    import onnx_ir as ir
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.log_severity_level = 4
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return ir.load(options.optimized_model_filepath)

@@ -108,6 +108,8 @@ def test_the_bundle_verifies_inspects_and_predicts(compiled, deploycc, project, 
     inspected = deploycc("inspect", out, "--json").json
     assert inspected["kind"] == "bundle"
     assert inspected["coverage"] is not None
+    assert {kernel["precision"] for kernel in inspected["kernels"]} >= {"float"} or inspected["coverage"]["int8_macs"] == 1.0
+    assert "the runtime's own graph" in deploycc("inspect", out, "--kernels").out
     data = np.load(project / "data.npz")
     np.savez(tmp_path / "one.npz", x=data["x"][:1])
     found = deploycc("run", out, tmp_path / "one.npz", "--json").json

@@ -8,7 +8,7 @@ import pytest
 from onnx import helper
 from test_quantize_static import context, make, outputs, tensor
 
-from deploycc.backends.onnxruntime import _optimized
+from deploycc.backends._onnxruntime_graph import _optimized
 from deploycc.core.target import Quant
 from deploycc.forms import onnx as form
 from deploycc.passes._gates import slope_and_shift

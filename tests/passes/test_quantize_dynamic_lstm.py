@@ -142,7 +142,7 @@ def two_weights() -> dict[str, np.ndarray]:
 
 
 def test_an_lstm_and_a_product_inside_an_if(tmp_path: Path):
-    from deploycc.backends.onnxruntime import coverage
+    from deploycc.backends._onnxruntime_graph import coverage
 
     body = """(float[7,1,6] x, bool f) => (float[1,1,5] y) { y = If(f)
         <then_branch = t() => (float[1,1,5] a) { s, a = LSTM<hidden_size=5>(x, w, r) },

@@ -224,7 +224,7 @@ def test_every_type_the_target_may_ask_for_is_honoured(quant):
 
 
 def test_the_runtime_fuses_every_operator_of_the_placement(tmp_path):
-    from deploycc.backends.onnxruntime import coverage
+    from deploycc.backends._onnxruntime_graph import coverage
 
     artifact = residual()
     after = QuantizeStatic()(artifact, context(artifact))
@@ -235,7 +235,7 @@ def test_the_runtime_fuses_every_operator_of_the_placement(tmp_path):
 
 
 def test_a_skipped_operator_stays_in_float_and_coverage_says_so(tmp_path):
-    from deploycc.backends.onnxruntime import coverage
+    from deploycc.backends._onnxruntime_graph import coverage
 
     artifact = residual()
     after = QuantizeStatic(skip=("conv2",))(artifact, context(artifact))
@@ -248,7 +248,7 @@ def test_a_skipped_operator_stays_in_float_and_coverage_says_so(tmp_path):
 @pytest.mark.parametrize("shape", [(1, 16), (1, 5, 16), (1, 2, 5, 16)])
 def test_the_runtime_multiplies_a_matmul_with_a_bias_in_integers(shape, tmp_path):
     """Left alone, the runtime makes a Gemm of its own from the pair, and runs that in float."""
-    from deploycc.backends.onnxruntime import coverage
+    from deploycc.backends._onnxruntime_graph import coverage
 
     nodes = [helper.make_node("MatMul", ["x", "w"], ["m"], "product"), helper.make_node("Add", ["m", "b"], ["y"], "bias")]
     artifact = make(nodes, [tensor("w", 16, 12), tensor("b", 12)], inputs=(("x", shape),))
@@ -262,7 +262,7 @@ def test_the_runtime_multiplies_a_matmul_with_a_bias_in_integers(shape, tmp_path
 
 
 def test_coverage_counts_what_the_runtime_fused_in_float(tmp_path):
-    from deploycc.backends.onnxruntime import coverage
+    from deploycc.backends._onnxruntime_graph import coverage
 
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["m"], "product"),

@@ -156,7 +156,7 @@ def test_skip_leaves_an_operator_in_float():
 
 
 def test_coverage_tells_integer_products_from_integer_weights(tmp_path: Path):
-    from deploycc.backends.onnxruntime import coverage
+    from deploycc.backends._onnxruntime_graph import coverage
 
     artifact = mlp()
     for level, share in ((4, 1.0), (0, 0.0)):

@@ -1,0 +1,143 @@
+"""The graph that ONNX Runtime makes of a file: which kernels, in which precision, and what is left over between them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from deploycc.core.artifact import QuantInfo
+from deploycc.core.contract import Coverage, Kernel
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+WEIGHT_ONLY = "MatMulNBits"
+INTEGER_LEVEL = 4
+# Operators of the runtime's optimized graph that multiply integers.
+INTEGER = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeLSTM",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "QGemm",
+        "QLinearConv",
+        "QLinearMatMul",
+    }
+)
+CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+MOVING = frozenset({"Flatten", "Gather", "MaxPool", "Pad", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
+
+
+def coverage(model: ir.Model, quant: QuantInfo | None, path: Path) -> Coverage:
+    """Share of MACs in integer kernels, from the graph the runtime made of the file at `path`; both branches of an If count."""
+    from deploycc.forms._macs import infer_shapes, is_heavy, node_macs
+    from deploycc.forms.onnx import graphs
+
+    inferred, optimized = _nodes(infer_shapes(model)), _nodes(_optimized(path))
+    shapes = {value.name: value.shape for node in inferred for value in node.outputs if value.shape is not None}
+    shapes |= {value.name: value.shape for graph in graphs(model) for value in graph.inputs}
+    # The total is the written model's: where the runtime fuses in float, it makes tensors that have no shape.
+    total = _sum(node_macs(node) for node in inferred if is_heavy(node.op_type))
+    integers: list[int | None] = []
+    left: list[tuple[str, str]] = []
+    reasons = dict(quant.left_float) if quant else {}
+    for node in optimized:
+        if _multiplies_integers(node):
+            _fill_shapes(node, shapes)
+            integers.append(node_macs(node))
+        elif is_heavy(node.op_type) and quant is not None:
+            left.append((f"{node.name} ({node.op_type})", _reason(node, reasons)))
+    whole = _sum(integers)
+    share = None if total is None or whole is None else whole / total if total else 0.0
+    conversions = sum(node.op_type in CONVERSIONS for node in optimized)
+    return Coverage(share, len(integers), tuple(left) if quant else (("every operator", "the artifact is float"),), conversions)
+
+
+def kernels(model: ir.Model, path: Path) -> list[Kernel]:
+    """Every operator of the graph that the runtime makes of `model`, written at `path`, in the order of that graph."""
+    from deploycc.forms._macs import infer_shapes, is_heavy, node_macs
+    from deploycc.forms.onnx import graphs
+
+    shapes = {value.name: value.shape for node in _nodes(infer_shapes(model)) for value in node.outputs if value.shape is not None}
+    shapes |= {value.name: value.shape for graph in graphs(model) for value in graph.inputs}
+    integers: set[str | None] = set()
+    found: list[Kernel] = []
+    for node in _nodes(_optimized(path)):
+        precision = _precision(node, integers)
+        if precision == "int8" or node.op_type == "QuantizeLinear":
+            integers |= {value.name for value in node.outputs}
+        macs = None
+        if is_heavy(node.op_type) or _multiplies_integers(node):
+            _fill_shapes(node, shapes)
+            macs = node_macs(node)
+        found.append(Kernel(node.name or "", node.op_type, precision, macs))
+    return found
+
+
+def _precision(node: Any, integers: set[str | None]) -> Literal["int8", "float", "conversion"]:
+    if node.op_type in CONVERSIONS:
+        return "conversion"
+    if _multiplies_integers(node) or node.op_type.startswith("QLinear"):
+        return "int8"
+    moves = node.op_type in MOVING and node.inputs and node.inputs[0] is not None and node.inputs[0].name in integers
+    return "int8" if moves else "float"
+
+
+def _nodes(model: ir.Model) -> list[Any]:
+    """Those of sub-graphs too."""
+    from deploycc.forms.onnx import graphs
+
+    return [node for graph in graphs(model) for node in graph]
+
+
+def _multiplies_integers(node: Any) -> bool:
+    """Whether both operands are integers: a MatMulNBits quantizes its input at accuracy level 4 only."""
+    if node.op_type == WEIGHT_ONLY:
+        return node.attributes.get_int("accuracy_level", 0) == INTEGER_LEVEL
+    return node.op_type in INTEGER
+
+
+def _sum(macs: Iterable[int | None]) -> int | None:
+    """None when one of them is not known."""
+    known = list(macs)
+    return None if None in known else sum(item or 0 for item in known)
+
+
+def _reason(node: Any, reasons: Mapping[str, str]) -> str:
+    if node.op_type == WEIGHT_ONLY:
+        return "integer weights, multiplied in float (accuracy_level below 4)"
+    for label, reason in reasons.items():
+        if label.split(" (")[0] in (node.name or ""):
+            return reason
+    return "ONNX Runtime found no integer kernel for it"
+
+
+def _fill_shapes(node: Any, shapes: Mapping[str | None, Any]) -> None:
+    """Give a node of the optimized graph the shapes of the tensors it kept from the original."""
+    for value in (*node.inputs, *node.outputs):
+        if value is None or value.shape is not None:
+            continue
+        if value.const_value is not None:
+            value.shape = value.const_value.shape
+        elif value.name in shapes:
+            value.shape = shapes[value.name]
+
+
+def _optimized(path: Path) -> ir.Model:
+    """The runtime's graph after fusion, before its blocked memory layouts (their names hide the operators)."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 4
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ir.load(options.optimized_model_filepath)
