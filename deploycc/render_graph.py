@@ -73,7 +73,7 @@ def debugged(found: Debugged, *, every: bool) -> str:
         lines.append(f"first tensor under {found.diverged_db:g} dB: {first.name}, {first.sqnr_db:.1f} dB, made by {first.operator}")
     lines += ["", "every tensor, in the graph's order" if every else f"where most noise comes in, of {len(found.tensors)} tensors"]
     lines.append(manual.table([HEAD, *map(_row, found.tensors if every else found.worst[:WORST])]))
-    if not every:
+    if not every and any(tensor.integer for tensor in found.tensors):
         lines += ["", 'next: --tensors lists every tensor; what is worst can be left in float: --passes "…, quantize-static{fallback=4}"']
     return "\n".join(lines)
 
