@@ -40,7 +40,7 @@ TargetName = Annotated[str, typer.Option("--target", "-t", help="Name of a targe
 DataText = Annotated[str | None, typer.Option("--data", "-d", help=DATA_HELP)]
 CalibrationText = Annotated[str | None, typer.Option("--calibration", help="Data for calibration only; no labels needed.")]
 Passes = Annotated[str | None, typer.Option(help='A whole pipeline, or edits of the target\'s: "+fold-normalize, -fold-batchnorm".')]
-Metric = Annotated[str, typer.Option(help="auto, top1, top5, f1, mse, agreement or sqnr.")]
+Metric = Annotated[str, typer.Option(help="auto, top1, top5, f1, mse, agreement, cosine or sqnr.")]
 MaxDrop = Annotated[float | None, typer.Option(help="Largest drop of the metric, 0 to 1 (default: the target's, 0.01).")]
 MaxLatency = Annotated[str | None, typer.Option(help="Limit on p95: 5ms.")]
 MaxSize = Annotated[str | None, typer.Option(help="Limit on the model's files: 4MB.")]

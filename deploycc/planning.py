@@ -30,7 +30,7 @@ class Options:
         data: data set that judges the model (and calibrates it, if `calibration` is not given).
         calibration: data set for calibration only.
         passes: a pipeline that replaces the target's, or edits of it (`+pass`, `-pass`).
-        metric: "auto", "top1", "top5", "f1", "mse", "agreement" or "sqnr".
+        metric: "auto", "top1", "top5", "f1", "mse", "agreement", "cosine" or "sqnr".
         max_drop: largest drop of the metric against the float reference, 0 to 1; None = the target's.
         max_latency_ms: limit on the 95th percentile; None = the target's.
         max_size_mb: limit on the model's files; None = the target's.

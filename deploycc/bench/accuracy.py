@@ -4,13 +4,14 @@
     f1           macro F1 over the classes                                              (torchmetrics MulticlassF1Score)
     mse          mean squared error against array labels, on the first output           (torchmetrics MeanSquaredError)
     agreement    share of samples where both have the same best class
+    cosine       mean over samples of r·x / (‖r‖ ‖x‖), on the first output: for embeddings, whose best class means nothing
     sqnr         10·log10(Σ r² / Σ (r − x)²) over all outputs
 
 A sample may have several accepted classes; it counts as the accepted class that the model itself scores highest. With that, top-k of
 one target is exactly "any accepted class is among the best k".
 
 The rule of the gate: a share may drop by `max_drop` at most; mse may grow by `max_drop` of the reference's at most; without labels,
-agreement and SQNR have floors of their own in the target's limits.
+agreement, cosine and SQNR have floors of their own in the target's limits.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _conclude(metric: str, differences: _Differences, judge: Judge | None) -> Ac
     if differences.samples == 0:
         raise BenchError("there are no samples to judge the artifact with", fix="give data with --data")
     agreement, sqnr = differences.agreement(), differences.sqnr_db()
-    chosen, want, got = _chosen(metric, agreement, sqnr, judge)
+    chosen, want, got = ("cosine", 1.0, differences.cosine()) if metric == "cosine" else _chosen(metric, agreement, sqnr, judge)
     paired = judge if isinstance(judge, Classes) else None
     return Accuracy(
         metric=chosen,
@@ -123,6 +124,9 @@ def gate(accuracy: Accuracy, limits: Limits, max_drop: float | None = None) -> V
     if accuracy.metric == "agreement":
         rule, reason = f"agreement ≥ {limits.agreement:.1%}", f"{got:.1%} of {accuracy.samples} samples agree"
         return Verdict(passed=got + ROUNDING >= limits.agreement, rule=rule, reason=reason)
+    if accuracy.metric == "cosine":
+        rule, reason = f"cosine ≥ {limits.cosine:g}", f"{got:.5f} on average over {accuracy.samples} samples"
+        return Verdict(passed=got + ROUNDING >= limits.cosine, rule=rule, reason=reason)
     if accuracy.metric == "sqnr" or want is None:
         rule, reason = f"SQNR ≥ {limits.sqnr_db:g} dB", f"{got:.1f} dB on {accuracy.samples} samples"
         return Verdict(passed=got >= limits.sqnr_db, rule=rule, reason=reason)
@@ -171,6 +175,7 @@ class _Differences:
         self._noise = 0.0
         self._same = 0
         self._scored = 0
+        self._cosines = 0.0
 
     def add(self, want: Outputs, got: Outputs, ids: tuple[str, ...]) -> None:
         if list(want) != list(got):
@@ -184,6 +189,7 @@ class _Differences:
         self.broken += int(broken.sum())
         self.samples += len(ids)
         first, other = _first(want), _first(got)
+        self._cosines += float(_cosines(first, other, len(ids))[~broken].sum())
         if is_scores(first):
             self._same += int(np.sum((np.argmax(first, 1) == np.argmax(other, 1)) & ~broken))
             self._scored += len(first)
@@ -215,9 +221,24 @@ class _Differences:
     def agreement(self) -> float | None:
         return self._same / self._scored if self._scored else None
 
+    def cosine(self) -> float:
+        return self._cosines / self.samples
+
     def sqnr_db(self) -> float:
         if self.broken:
             return -math.inf
         if self._noise == 0.0:
             return math.inf
         return 10.0 * math.log10(self._signal / self._noise) if self._signal else -math.inf
+
+
+def _cosines(want: np.ndarray, got: np.ndarray, count: int) -> np.ndarray:
+    """Of each of `count` samples; of all together where rows are not samples. Two zero vectors are alike, one is like nothing."""
+    rows = count if want.ndim and len(want) == count else 1
+    a, b = (np.nan_to_num(array.reshape(rows, -1).astype(np.float64), posinf=0.0, neginf=0.0) for array in (want, got))
+    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    product = norms[0] * norms[1]
+    found: np.ndarray = np.where(
+        product > 0, (a * b).sum(axis=1) / np.where(product > 0, product, 1.0), (norms[0] == norms[1]).astype(float)
+    )
+    return np.broadcast_to(found, (count,))

@@ -19,7 +19,7 @@ from deploycc.core.target import Bench
 from deploycc.errors import BenchError, StoreError
 from deploycc.runtime.measure import Samples, Summary, instability, ratio_of_medians, summarize
 
-Metric = Literal["top1", "top5", "f1", "mse", "agreement", "sqnr"]
+Metric = Literal["top1", "top5", "f1", "mse", "agreement", "cosine", "sqnr"]
 
 
 class _Record(BaseModel):

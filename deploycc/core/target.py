@@ -62,6 +62,7 @@ class Limits(_Table):
 
     accuracy_drop: float = Field(default=0.01, ge=0, le=1, description="largest drop of the metric against the float reference")
     agreement: float = Field(default=0.95, ge=0, le=1, description="without labels: least share of equal arg-max")
+    cosine: float = Field(default=0.99, ge=-1, le=1, description="with --metric cosine: least mean cosine similarity, sample by sample")
     sqnr_db: float = Field(default=15.0, description="without labels and classes: least SQNR against the float reference")
     latency_p95_ms: float | None = Field(default=None, gt=0)
     model_mb: float | None = Field(default=None, gt=0)

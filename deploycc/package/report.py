@@ -111,7 +111,7 @@ def _row(manifest: Manifest, attempt: AttemptRecord) -> Row:
 
 def _eager(manifest: Manifest, eager: Measurement) -> Row:
     reference = next(
-        (a.accuracy.reference for a in manifest.attempts if a.accuracy and a.accuracy.metric not in ("agreement", "sqnr")), None
+        (a.accuracy.reference for a in manifest.attempts if a.accuracy and a.accuracy.metric not in ("agreement", "cosine", "sqnr")), None
     )
     metric = MISSING if reference is None else _value(_metric_name(manifest), reference)
     blank = {"size": MISSING, "agreement": MISSING, "sqnr": MISSING, "coverage": MISSING, "gate": "reference"}

@@ -147,6 +147,25 @@ def test_some_unlabelled_samples_are_left_out_of_the_metric_only():
     assert (found.metric, found.labelled, found.samples, found.candidate) == ("top1", 2, 6, 0.5)
 
 
+def test_cosine_by_hand_sample_by_sample():
+    want = np.array([[3.0, 4.0], [1.0, 0.0], [2.0, 2.0]], np.float32)
+    got = np.array([[6.0, 8.0], [0.0, 5.0], [1.0, 1.0]], np.float32)  # the same direction, a right angle, the same direction
+    for size in (1, 2):  # the last batch is filled up, and what fills it does not count
+        found = evaluate(Table(want), Table(got), pairs([None] * 3, size), metric="cosine")
+        assert (found.metric, found.reference) == ("cosine", 1.0)
+        assert found.candidate == pytest.approx(2 / 3)
+    verdict = gate(found, Limits(cosine=0.9))
+    assert not verdict.passed
+    assert verdict.rule == "cosine ≥ 0.9"
+    assert "0.66667 on average over 3 samples" in verdict.reason
+    assert gate(found, Limits(cosine=0.6)).passed
+
+
+def test_a_zero_vector_is_like_another_and_like_nothing_else():
+    want, got = np.zeros((2, 3), np.float32), np.array([[0.0, 0, 0], [1, 0, 0]], np.float32)
+    assert evaluate(Table(want), Table(got), pairs([None] * 2), metric="cosine").candidate == pytest.approx(0.5)
+
+
 def test_nan_from_the_candidate_is_counted_and_refused_by_the_gate():
     want = scores(10)
     got = want.copy()
@@ -179,7 +198,7 @@ def test_nan_from_the_reference_is_an_error_and_its_infinity_is_not():
         ([()], "auto", DataError, "sample 0 has the label nothing, but"),
         ([np.zeros(3)], "auto", DataError, r"sample 0 has a label of shape \[3\], but the output is \[10\] per sample"),
         ([(1,), np.zeros(10)], "auto", DataError, "sample 1 has another kind of label"),
-        ([None], "recall", UsageError, "no metric 'recall'\n  fix: use one of auto, top1, top5, f1, mse, agreement, sqnr"),
+        ([None], "recall", UsageError, "no metric 'recall'\n  fix: use one of auto, top1, top5, f1, mse, agreement, cosine, sqnr"),
     ],
 )
 def test_labels_that_cannot_be_used_are_named(labels: list[Any], metric: str, error: type[Exception], message: str):
