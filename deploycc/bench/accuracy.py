@@ -236,9 +236,8 @@ def _cosines(want: np.ndarray, got: np.ndarray, count: int) -> np.ndarray:
     """Of each of `count` samples; of all together where rows are not samples. Two zero vectors are alike, one is like nothing."""
     rows = count if want.ndim and len(want) == count else 1
     a, b = (np.nan_to_num(array.reshape(rows, -1).astype(np.float64), posinf=0.0, neginf=0.0) for array in (want, got))
-    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    product = norms[0] * norms[1]
-    found: np.ndarray = np.where(
-        product > 0, (a * b).sum(axis=1) / np.where(product > 0, product, 1.0), (norms[0] == norms[1]).astype(float)
-    )
+    lengths: list[np.ndarray] = [np.sqrt(np.square(side).sum(axis=1)) for side in (a, b)]
+    product: np.ndarray = lengths[0] * lengths[1]
+    same: np.ndarray = np.equal(*lengths).astype(np.float64)
+    found: np.ndarray = np.divide(np.sum(a * b, axis=1), product, out=same, where=product > 0)
     return np.broadcast_to(found, (count,))
