@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from deploycc.backends._onnxruntime_graph import coverage, kernels
-from deploycc.core.artifact import Artifact, Form
+from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import Availability, Built, Constraint, Kernel, Session, Violation
 from deploycc.core.target import WIDE_DOT_PRODUCTS, Target, machine
 from deploycc.core.timing import NodeTime
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     pass
 
 SESSION = "onnxruntime"
+FOLDED = ("static", "qat")  # Q/DQ around float operators: exact where nothing folds them into integer kernels
+SATURATED = "8-bit products saturate on this CPU and not on the target: the artifact is better there than it is judged here"
 EXACT = "8-bit products saturate on this CPU and not on the target: answers are judged in exact arithmetic"
 KERNEL = "_kernel_time"  # how the runtime's profiler ends the names of operators
 
@@ -62,7 +64,7 @@ class OnnxRuntime:
             },
             signature=artifact.signature,
             coverage=coverage(model, artifact.quant, folder / files[0]),
-            notes=(EXACT,) if artifact.quant is not None and saturates_here(target) else (),
+            notes=_doubts(artifact.quant, target),
         )
 
     def open(self, built: Built, target: Target, *, threads: int) -> Session:
@@ -94,6 +96,13 @@ class OnnxRuntime:
             for call in range(runs):
                 session.run(None, dict(feeds[call % len(feeds)]))
             return _node_times(json.loads(Path(session.end_profiling()).read_text()))
+
+
+def _doubts(quant: QuantInfo | None, target: Target) -> tuple[str, ...]:
+    """What is not on this CPU as it will be on the target's."""
+    if quant is None or not saturates_here(target):
+        return ()
+    return (EXACT if quant.method in FOLDED else SATURATED,)
 
 
 def saturates_here(target: Target) -> bool:

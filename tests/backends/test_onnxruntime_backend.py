@@ -1,5 +1,7 @@
 """The artifact is judged as its target computes it, on whatever CPU the compile runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from graphs import FACTS, context, graph, onnx_artifact
@@ -46,6 +48,12 @@ def test_exact_arithmetic_only_where_this_cpu_loses_what_the_target_does_not(qua
     assert built.notes == ((backend.EXACT,) if exact else ())
     with backend.OnnxRuntime().open(built, target, threads=1) as session:
         assert isinstance(session, OnnxSession if exact else OrtSession)
+
+
+def test_dynamic_kernels_cannot_be_judged_exactly_and_it_says_so(quantized, tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "machine", lambda: AVX2)
+    dynamic = quantized.evolve(quantized.model, quant=replace(quantized.quant, method="dynamic"))
+    assert backend.OnnxRuntime().build(dynamic, Target.model_validate(WIDE), tmp_path).notes == (backend.SATURATED,)
 
 
 def test_full_range_weights_are_judged_right_on_every_cpu(quantized, tmp_path):

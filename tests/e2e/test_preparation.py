@@ -105,7 +105,9 @@ def test_another_student_learns_from_the_prepared_model_and_is_stored_under_its_
 
 def test_no_resume_does_everything_afresh(folder):
     afresh = compiled(folder, f"{HEAD}, export-onnx, quantize-static", "b4", resume=False)
-    assert not any(receipt.cached for receipt in afresh.outcome.attempts[0].artifact.history)
+    assert not any(receipt.cached for receipt in afresh.outcome.parent.artifact.history)
+    shared = [receipt.cached for receipt in afresh.outcome.attempts[0].artifact.history if "export-onnx" in receipt.spec]
+    assert shared == [True]  # of this very run
 
 
 def test_training_without_training_data_is_refused_before_the_model_is_loaded(folder):

@@ -10,6 +10,7 @@ from test_quantize_static import context, error, make, residual, tensor
 from deploycc.backends.onnxruntime import OnnxRuntime
 from deploycc.bench.observer import Timer
 from deploycc.core.pipeline import Pipeline
+from deploycc.core.target import Quant
 from deploycc.core.timing import NodeTime
 from deploycc.errors import PreconditionError
 from deploycc.passes._islands import Segment, assign, segment_times, segments
@@ -155,7 +156,7 @@ def test_weights_left_in_float_are_not_rounded_by_the_runtime(kind, tmp_path):
         ],
         [tensor("w1", 8, 3, 1, 1), numpy_helper.from_array(weight, "w2"), tensor("b2", 8), tensor("w3", 4, 8, 1, 1)],
     )
-    ctx = context(artifact)
+    ctx = context(artifact, quant=Quant(reduce_range=True))  # the fused kernels run: no product may saturate
     after = QuantizeStatic(skip=("middle",) if kind == "Conv" else ())(artifact, ctx)
     feeds = list(ctx.data.calibration(artifact))
     path = str(form.write(after.model, tmp_path))
@@ -163,4 +164,4 @@ def test_weights_left_in_float_are_not_rounded_by_the_runtime(kind, tmp_path):
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     sessions = [ort.InferenceSession(path, chosen, providers=["CPUExecutionProvider"]) for chosen in (None, options)]
     fused, plain = (np.concatenate([session.run(None, item)[0] for item in feeds]) for session in sessions)
-    assert np.abs(plain - fused).max() <= 1e-3 * np.abs(plain).max()
+    assert np.abs(plain - fused).max() <= 0.01 * np.abs(plain).max()  # one step of the output: a last bit may round the other way

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import needs_wide_products
 from torch import nn
 
 from deploycc import driver
@@ -197,6 +198,7 @@ def test_steps_are_observed_or_learned_and_shipped(trained, steps):
     assert compared["sqnr_db"] > 35
 
 
+@needs_wide_products
 @needs_fbgemm
 @pytest.mark.parametrize("steps", ["calibrated", "observed", "learned"])
 def test_pair_sums_stay_within_int16_and_clips_at_their_ends(depthwise, steps):

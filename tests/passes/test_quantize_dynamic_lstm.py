@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from graphs import context, graph, kinds, onnx_artifact, outputs
+from graphs import context, graph, kinds, needs_wide_products, onnx_artifact, outputs
 
 from deploycc.core.artifact import Artifact, QuantInfo
 from deploycc.core.compare import drift
@@ -69,7 +69,7 @@ def run_by_hand(x: np.ndarray, w: np.ndarray, r: np.ndarray, b: np.ndarray) -> n
     return np.stack(found)
 
 
-@pytest.mark.parametrize("reduce_range", [True, False])
+@pytest.mark.parametrize("reduce_range", [True, pytest.param(False, marks=needs_wide_products)])
 def test_the_arithmetic_against_numpy(reduce_range: bool):
     artifact, given = lstm(), feeds()
     arrays = {name: value.const_value.numpy()[0] for name, value in artifact.model.graph.initializers.items()}
@@ -103,7 +103,7 @@ def test_the_layout_of_its_weights_by_hand():
     assert stored["w_quantized"][0, :, 3].tolist() == np.rint(row / stored["w_scale"][0, 3]).tolist()
 
 
-@pytest.mark.parametrize("weights", ["int8", "uint8"])
+@pytest.mark.parametrize("weights", [pytest.param("int8", marks=needs_wide_products), "uint8"])
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
 def test_directions_and_types(weights: str, per_channel: bool, direction: str):
@@ -117,6 +117,7 @@ def test_directions_and_types(weights: str, per_channel: bool, direction: str):
     assert tuple(scales) == ((directions, 4 * HIDDEN) if per_channel else (directions,))
 
 
+@needs_wide_products
 def test_states_peepholes_and_attributes_stay():
     artifact = lstm(inputs="x, w, r, b, , h0, c0, p", more=", clip=2.0, input_forget=1")
     result, given = QuantizeDynamic()(artifact, context(artifact, arch="aarch64", quant=SIGNED)), feeds()
@@ -159,6 +160,7 @@ def test_an_lstm_and_a_product_inside_an_if(tmp_path: Path):
     assert (found.int8_macs, found.int8_operators, found.float_operators) == (1.0, 2, ())
 
 
+@needs_wide_products
 def test_two_branches_that_read_one_tensor_and_one_weight_from_outside():
     body = """(float[2,16] x, bool f) => (float[2,8] y, float[2,8] z) { n = Neg(x) z = MatMul(n, w) y = If(f)
         <then_branch = t() => (float[2,8] a) { a = MatMul(n, w) }, else_branch = e() => (float[2,8] b) { c = MatMul(n, w) b = Neg(c) }> }"""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from graphs import ANY, context, graph, kinds, onnx_artifact, outputs
+from graphs import ANY, context, graph, kinds, needs_wide_products, onnx_artifact, outputs
 
 from deploycc.core.artifact import Artifact
 from deploycc.core.compare import drift
@@ -55,6 +55,7 @@ def product() -> Artifact:
     return artifact
 
 
+@needs_wide_products
 def test_outliers_in_float_save_the_others():
     artifact, feeds = product(), {"x": rows(1, 5, 40)}
     ctx = watched(artifact, rows(0, 5, 40))

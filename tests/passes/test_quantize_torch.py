@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import ANY
+from graphs import ANY, SATURATES
 from torch import nn
 
 from deploycc.core.artifact import Artifact, Form
@@ -89,7 +89,7 @@ def context(before, *, engine=HERE, arrays=None, progress=None, samples=16, **qu
         arch="x86_64",
         pipeline="quantize-torch",
         hardware=Hardware(requires=("avx512_vnni",)),
-        quant=Quant(**quant),
+        quant=Quant(**{"reduce_range": SATURATES, **quant}),
     )
     data = Data(None, Dataset("d", {"all": Arrays(arrays)}) if arrays else None)
     return Context(target, before, data, 0, Path(), *([progress] if progress else []))
@@ -196,7 +196,7 @@ def test_fbgemm_depthwise_saturates_with_full_weights_and_not_with_ours():
     before = artifact(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False)), (1, 8, 12, 12))
     with torch.no_grad():
         before.model[1].weight.copy_(torch.full((8, 1, 3, 3), 0.5))  # every pair has the same sign: the worst
-    ctx = context(before, arrays=[np.full((8, 12, 12), 1.0, np.float32)])
+    ctx = context(before, arrays=[np.full((8, 12, 12), 1.0, np.float32)], reduce_range=False)
     after = QuantizeTorch()(before, ctx)
     codes, _ = quantized(after.model, "1")
     assert np.abs(codes).max() == 64  # 127 / 2, rounded
@@ -216,7 +216,7 @@ def test_only_fbgemm_narrows_depthwise_weights():
     for engine, narrow in (("fbgemm", True), ("qnnpack", False)):
         if engine not in SUPPORTED:
             continue
-        after = QuantizeTorch(keep_sums=False)(before, context(before, engine=engine))
+        after = QuantizeTorch(keep_sums=False)(before, context(before, engine=engine, reduce_range=False))
         codes, _ = quantized(after.model, "depthwise")
         assert (np.abs(codes).reshape(32, -1).max(axis=1) == 127).all() == (not narrow)
         assert any("int16 pair sums" in note for note in after.notes) == narrow
