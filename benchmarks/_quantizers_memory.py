@@ -150,10 +150,10 @@ def measure_memory(options: argparse.Namespace) -> int:
                 found[count] = value, plain(why)
             rows.append({**row(name, found), "ours": "passes" in job, "model": given.name})
             print(rows[-1], flush=True)
-    path = results / "quantizers.json"
+    path = results / f"{options.page}.json"
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"models": {}}
-    document["memory"] = rows
-    write(results, "quantizers", document, markdown(document))
+    document["memory"], document["target"] = rows, options.target
+    write(results, options.page, document, markdown(document))
     return int(any(row["ours"] and not row["flat"] for row in rows if "no pass" not in row["growth"]))
 
 

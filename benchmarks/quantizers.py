@@ -197,7 +197,7 @@ def compare(case: Case, made: Sequence[Made], settings: Bench, raw: Path) -> dic
 def measure_all(options: argparse.Namespace) -> int:
     """Every model, written when it is there; models of an earlier run stay. Exit status 1 if a bar is not met."""
     photos, folder = real_photos(), results_folder()
-    name = NAME if options.target == TARGET else f"{NAME}.{options.target}"
+    name = options.page
     path = folder / f"{name}.json"
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"models": {}}
     document["photos"], document["target"] = photos.sources, options.target
@@ -256,6 +256,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few runs, to try the script; the figures are rough")
     parser.add_argument("--memory", action="store_true", help="peak memory of calibration instead")
     options = parser.parse_args(words)
+    options.page = NAME if options.target == TARGET else f"{NAME}.{options.target}"  # results of unlike targets are kept apart
     options.ours = [Row(name, passes) for name, passes in options.ours]
     files = [
         Given(name, path, ARRAYS, calibration=_file(parser, options.calibration, name), judging=_file(parser, options.inputs, name))
