@@ -32,7 +32,7 @@ class StaticOptions(Pass):
         islands: keep = integers wherever the rules allow them; measured = what the clock says is faster in float is put back, on the
             target's own machine only. Another compile may then choose otherwise.
         fallback: leave so many operators in float: those that win the most accuracy for the time they lose, tried one by one. Times are
-            measured on the target's own machine, and stand for MACs elsewhere.
+            measured on the target's own machine; elsewhere MACs stand for them.
     """
 
     consumes: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})

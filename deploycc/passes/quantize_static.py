@@ -1,6 +1,7 @@
 """Static quantization of an ONNX graph: integer weights, and activation ranges from calibration data.
 
-The placement rules are in `_placement`, the ranges in `_ranges`, the arithmetic in `_qdq`
+The placement rules are in `_placement`, the ranges in `_ranges`, the arithmetic in `_qdq`, correct-bias=measured in `_measured_bias`, the
+ranking of fallback= in `_sensitivity`
 (B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018).
 Types, symmetry, per-channel and reduce_range come from the target's [quant].
 """
