@@ -164,4 +164,4 @@ def test_weights_left_in_float_are_not_rounded_by_the_runtime(kind, tmp_path):
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     sessions = [ort.InferenceSession(path, chosen, providers=["CPUExecutionProvider"]) for chosen in (None, options)]
     fused, plain = (np.concatenate([session.run(None, item)[0] for item in feeds]) for session in sessions)
-    assert np.abs(plain - fused).max() <= 0.01 * np.abs(plain).max()  # one step of the output: a last bit may round the other way
+    assert np.abs(plain - fused).mean() <= 1e-3 * np.abs(plain).max()  # a last bit may round the other way here and there
