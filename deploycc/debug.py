@@ -15,6 +15,7 @@ checked.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,8 +138,8 @@ def debug(
         )
     target = Target.model_validate({key: value for key, value in loaded.manifest["target"].items() if key != "requires"})
     reference, known = _reference(loaded, target, model, data)
-    context = Context(target, reference, known, loaded.manifest["seed"], folder, progress)
-    graph = _float_graph(loaded, context)
+    with tempfile.TemporaryDirectory(prefix="deploycc-") as work:  # the bundle stays as it is
+        graph = _float_graph(loaded, Context(target, reference, known, loaded.manifest["seed"], Path(work), progress))
     feeds = known.probe(graph, samples)
     tensors, outputs_db, notes = compare(graph.model, form.read(loaded.model), feeds, progress)
     reason = misfit(target)

@@ -16,8 +16,9 @@ from deploycc.bench.harness import Candidate, measure
 from deploycc.bench.result import BenchResult
 from deploycc.core import target as targets
 from deploycc.core.artifact import Artifact, Feeds, Form
-from deploycc.core.contract import Maps, ModelRequest, Progress, Session, silent
+from deploycc.core.contract import ModelRequest, Progress, Session, silent
 from deploycc.core.data import Data
+from deploycc.core.kernels import Maps
 from deploycc.core.registry import BACKENDS, FORMS
 from deploycc.core.target import Bench
 from deploycc.errors import DeployError, UsageError

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx_ir as ir
 import pytest
-from graphs import graph, onnx_artifact
+from graphs import SATURATES, graph, onnx_artifact
 
 sys.path.insert(0, str(Path(__file__).parent / "passes"))
 from test_quantize_static import context as calibrated
@@ -115,9 +115,6 @@ def test_the_tensor_where_something_broke_is_the_first_that_diverges(pair):
 
 def test_a_saturating_kernel_shows_as_the_runtimes_doing(pair):
     """The same file in exact arithmetic: on a CPU without VNNI, full-range weights are lost in the kernel and nowhere else."""
-    from deploycc.core.target import WIDE_DOT_PRODUCTS
-    from deploycc.runtime.machine import cpu_arch, cpu_flags
-
     artifact = onnx_artifact(
         graph(
             "(float[1,64] x) => (float[1,64] z) { y = MatMul (x, w) r = Relu (y) z = MatMul (r, v) }",
@@ -128,11 +125,11 @@ def test_a_saturating_kernel_shows_as_the_runtimes_doing(pair):
     ctx = calibrated(artifact, data=[np.full(64, 1.0, np.float32)] * 4)
     model = QuantizeStatic()(artifact, ctx).model
     (tensor,) = (item for item in compare(artifact.model, model, list(ctx.data.calibration(artifact)))[0] if item.name == "r")
-    if cpu_arch() != "x86_64" or WIDE_DOT_PRODUCTS & cpu_flags():
-        assert tensor.kernel_db > 40
-    else:
+    if SATURATES:
         assert tensor.kernel_db < 15
         assert tensor.sqnr_db == pytest.approx(tensor.kernel_db, abs=1)
+    else:
+        assert tensor.kernel_db > 40
 
 
 def test_a_runtime_whose_tensors_cannot_be_read_is_refused(monkeypatch):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from deploycc.core.artifact import QuantInfo
-from deploycc.core.contract import Coverage, Kernel
+from deploycc.core.contract import Coverage
+from deploycc.core.kernels import Kernel
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -35,11 +36,9 @@ MOVING = frozenset({"Flatten", "Gather", "MaxPool", "Pad", "Reshape", "Resize", 
 def coverage(model: ir.Model, quant: QuantInfo | None, path: Path) -> Coverage:
     """Share of MACs in integer kernels, from the graph the runtime made of the file at `path`; both branches of an If count."""
     from deploycc.forms._macs import infer_shapes, is_heavy, node_macs
-    from deploycc.forms.onnx import graphs
 
     inferred, optimized = _nodes(infer_shapes(model)), _nodes(_optimized(path))
-    shapes = {value.name: value.shape for node in inferred for value in node.outputs if value.shape is not None}
-    shapes |= {value.name: value.shape for graph in graphs(model) for value in graph.inputs}
+    shapes = _shapes(inferred, model)
     # The total is the written model's: where the runtime fuses in float, it makes tensors that have no shape.
     total = _sum(node_macs(node) for node in inferred if is_heavy(node.op_type))
     integers: list[int | None] = []
@@ -60,10 +59,8 @@ def coverage(model: ir.Model, quant: QuantInfo | None, path: Path) -> Coverage:
 def kernels(model: ir.Model, path: Path) -> list[Kernel]:
     """Every operator of the graph that the runtime makes of `model`, written at `path`, in the order of that graph."""
     from deploycc.forms._macs import infer_shapes, is_heavy, node_macs
-    from deploycc.forms.onnx import graphs
 
-    shapes = {value.name: value.shape for node in _nodes(infer_shapes(model)) for value in node.outputs if value.shape is not None}
-    shapes |= {value.name: value.shape for graph in graphs(model) for value in graph.inputs}
+    shapes = _shapes(_nodes(infer_shapes(model)), model)
     integers: set[str | None] = set()
     found: list[Kernel] = []
     for node in _nodes(_optimized(path)):
@@ -85,6 +82,14 @@ def _precision(node: Any, integers: set[str | None]) -> Literal["int8", "float",
         return "int8"
     moves = node.op_type in MOVING and node.inputs and node.inputs[0] is not None and node.inputs[0].name in integers
     return "int8" if moves else "float"
+
+
+def _shapes(inferred: Iterable[Any], model: ir.Model) -> dict[str | None, Any]:
+    """Of the tensors that have one, by name."""
+    from deploycc.forms.onnx import graphs
+
+    shapes = {value.name: value.shape for node in inferred for value in node.outputs if value.shape is not None}
+    return shapes | {value.name: value.shape for graph in graphs(model) for value in graph.inputs}
 
 
 def _nodes(model: ir.Model) -> list[Any]:

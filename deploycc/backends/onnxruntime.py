@@ -8,18 +8,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from deploycc.backends._onnxruntime_graph import coverage, kernels
 from deploycc.core.artifact import Artifact, Form, QuantInfo
-from deploycc.core.contract import Availability, Built, Constraint, Kernel, Session, Violation
+from deploycc.core.contract import Availability, Built, Constraint, Session, Violation
+from deploycc.core.kernels import Kernel
 from deploycc.core.target import WIDE_DOT_PRODUCTS, Target, machine
 from deploycc.core.timing import NodeTime
-
-if TYPE_CHECKING:
-    pass
 
 SESSION = "onnxruntime"
 FOLDED = ("static", "qat")  # Q/DQ around float operators: exact where nothing folds them into integer kernels

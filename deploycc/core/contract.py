@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -299,32 +299,6 @@ class Coverage:
     int8_operators: int
     float_operators: tuple[tuple[str, str], ...]
     conversions: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """One operator of the graph that a runtime computes.
-
-    Attributes:
-        name: mostly that of the operator in the file.
-        operator: the kernel's kind.
-        precision: int8, float, or a conversion from one to the other.
-        macs: of one call with a batch of one; None where it multiplies nothing or its shapes are not known.
-    """
-
-    name: str
-    operator: str
-    precision: Literal["int8", "float", "conversion"]
-    macs: int | None
-
-
-@runtime_checkable
-class Maps(Protocol):
-    """A backend whose runtime shows the graph that it computes."""
-
-    def kernels(self, model: Path) -> Sequence[Kernel]:
-        """Of a file that it built, in the graph's order."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,8 @@ def tapped(model: ir.Model, names: list[str], *, level: Literal["none", "basic",
     from deploycc.forms.onnx import clone, write
     from deploycc.runtime.machine import available_cores
 
-    levels = ort.GraphOptimizationLevel
+    known = ort.GraphOptimizationLevel
+    levels = {"none": known.ORT_DISABLE_ALL, "basic": known.ORT_ENABLE_BASIC, "all": known.ORT_ENABLE_ALL}
     tapped = clone(model)
     present = {value.name for value in tapped.graph.outputs}
     inputs = {value.name for value in tapped.graph.inputs}
@@ -62,18 +63,15 @@ def tapped(model: ir.Model, names: list[str], *, level: Literal["none", "basic",
             tapped.graph.outputs.append(value)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
-    options.graph_optimization_level = {"none": levels.ORT_DISABLE_ALL, "basic": levels.ORT_ENABLE_BASIC, "all": levels.ORT_ENABLE_ALL}[
-        level
-    ]
+    options.graph_optimization_level = levels[level]
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
         session = ort.InferenceSession(str(write(tapped, Path(folder))), options, providers=["CPUExecutionProvider"])
     wanted = [name for name in names if name not in inputs]
 
     def run(feeds: Feeds) -> list[np.ndarray]:
-        found = (
-            dict(zip(wanted, session.run(wanted, dict(feeds)), strict=True)) if wanted else {}
-        )  # asked for nothing, it gives all outputs
+        read = session.run(wanted, dict(feeds)) if wanted else []  # asked for nothing, it would give all outputs
+        found = dict(zip(wanted, read, strict=True))
         return [feeds[name] if name in inputs else np.asarray(found[name]) for name in names]
 
     return run

@@ -9,7 +9,8 @@ operator i in float, operator i
 
 and the ranking is by w_i / c_i. PER_CALL stands for the changes of precision around it: what costs next to nothing does not win for that.
 Leaving one out measures what the user would get, with every Q/DQ that goes with the operator (HAWQ ranks by curvature in place of the
-noise itself: Z. Dong et al., ICCV 2019). Noise adds up where it is small and independent, so the ranking holds for several at once.
+noise itself: Z. Dong et al., ICCV 2019). Several at once win less than the sum: on EfficientNet-Lite0 without VNNI the eight that won 49 % of
+the noise one by one won 19 % together.
 """
 
 from __future__ import annotations

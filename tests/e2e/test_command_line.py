@@ -74,7 +74,9 @@ def test_debug_of_a_bundle_compiled_without_data_asks_for_some(deploycc, tmp_pat
     refused = deploycc("debug", out)
     assert refused.status == 2
     assert "was compiled without data, so there is nothing to run" in refused.err
+    before = sorted(out.rglob("*"))
     assert "outputs" in deploycc("debug", out, "--data", "data.npz").out
+    assert sorted(out.rglob("*")) == before  # it leaves nothing in the bundle
 
 
 def test_every_pass_has_a_receipt(compiled):

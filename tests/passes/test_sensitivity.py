@@ -122,7 +122,7 @@ def test_a_negative_number_is_refused():
         QuantizeStatic(fallback=-1)
 
 
-def test_all_operators_in_float_leave_the_float_model(tmp_path):
+def test_more_operators_in_float_come_nearer(tmp_path):
     artifact = uneven()
     ctx = scratch(artifact, tmp_path)
     after = QuantizeStatic(fallback=2)(artifact, ctx)

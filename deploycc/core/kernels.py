@@ -1,0 +1,34 @@
+"""The graph that a runtime computes, as it shows it: kernel by kernel, with the precision of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One operator of the graph that a runtime computes.
+
+    Attributes:
+        name: mostly that of the operator in the file.
+        operator: the kernel's kind.
+        precision: int8, float, or a conversion from one to the other.
+        macs: of one call with a batch of one; None where it multiplies nothing or its shapes are not known.
+    """
+
+    name: str
+    operator: str
+    precision: Literal["int8", "float", "conversion"]
+    macs: int | None
+
+
+@runtime_checkable
+class Maps(Protocol):
+    """A backend whose runtime shows the graph that it computes."""
+
+    def kernels(self, model: Path) -> Sequence[Kernel]:
+        """Of a file that it built, in the graph's order."""
+        ...
