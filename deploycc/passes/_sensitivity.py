@@ -9,8 +9,8 @@ operator i in float, operator i
 
 and the ranking is by w_i / c_i. PER_CALL stands for the changes of precision around it: what costs next to nothing does not win for that.
 Leaving one out measures what the user would get, with every Q/DQ that goes with the operator (HAWQ ranks by curvature in place of the
-noise itself: Z. Dong et al., ICCV 2019). Several at once win less than the sum: on EfficientNet-Lite0 without VNNI the eight that won 49 % of
-the noise one by one won 19 % together.
+noise itself: Z. Dong et al., ICCV 2019). Several at once win less than the sum: on EfficientNet-Lite0 without VNNI the eight that won 49 %
+of the noise of 8 calibration samples one by one won 19 % together, on the 165 photos that judge.
 """
 
 from __future__ import annotations
