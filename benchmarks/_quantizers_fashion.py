@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "mobilenet_v2"
+DATA = "usr/share/datasets/fashion-mnist"  # of Debian's dataset-fashion-mnist
 PIXELS, CLASSES = 64, 10
 MEAN, STD = 0.286, 0.353
 EPOCHS, BATCH, RATE, DECAY, MOMENTUM = 3, 64, 0.1, 1e-4, 0.9
@@ -36,12 +37,12 @@ def mobilenet_v2() -> torch.nn.Module:
     return model.eval()
 
 
-def given(folder: Path, data: Path) -> Given:
-    """The model with its weights and arrays in `folder`, made when they are not there. Raises DataError where `data` has no set."""
+def given(folder: Path, assets: Path) -> Given:
+    """The model with its weights and arrays in `folder`, made when they are not there. Raises DataError where `assets` has no set."""
     weights, calibration, judging = (folder / name for name in ("weights.pt", "calibration.npz", "judging.npz"))
     if not all(path.is_file() for path in (weights, calibration, judging)):
         folder.mkdir(parents=True, exist_ok=True)
-        splits = open_dataset(f"fashion-mnist:{data}").splits
+        splits = open_dataset(f"fashion-mnist:{assets / DATA}").splits
         train, test = (_pictures(splits[name], count) for name, count in (("train", TRAINED), ("val", JUDGED)))
         _train(*train, *test, weights)
         np.savez(calibration, x=_enlarged(train[0][-CALIBRATED:]))

@@ -180,10 +180,8 @@ def reader_through(calls: Iterator[Feeds]) -> Any:
 def ort_static(model: Path, out: Path, reader: Any, settings: Mapping[str, Any], stride: int = 0) -> None:
     """quant_pre_process, then quantize_static with Q/DQ; histograms hold all tensors of `stride` calls at a time, 0 = of all calls."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared = out.with_suffix(".prepared.onnx")
-    quant_pre_process(str(model), str(prepared))
+    prepared = _pre_processed(model, out)
     method = str(settings.get("calibrate_method", "MinMax"))
     extra: dict[str, Any] = {"CalibStridedMinMax": stride} if stride and method != "MinMax" else {}
     types = {key: QuantType[str(settings[key])] for key in ("activation_type", "weight_type") if key in settings}
@@ -195,16 +193,26 @@ def ort_static(model: Path, out: Path, reader: Any, settings: Mapping[str, Any],
     prepared.unlink()
 
 
+def _pre_processed(model: Path, out: Path) -> Path:
+    """As its documentation wants it before quantizing; without the symbolic shapes where that step has no rule for the graph."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = out.with_suffix(".prepared.onnx")
+    try:
+        quant_pre_process(str(model), str(prepared))
+    except Exception:  # noqa: BLE001 - it raises what its rule for an operator happens to raise
+        quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+    return prepared
+
+
 def _ort_static(case: Case, settings: Mapping[str, Any], out: Path) -> None:
     ort_static(case.onnx, out, reader_over(case.calibration), settings, math.gcd(len(case.calibration), STRIDE))
 
 
 def _ort_dynamic(case: Case, settings: Mapping[str, Any], out: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared = out.with_suffix(".prepared.onnx")
-    quant_pre_process(str(case.onnx), str(prepared))
+    prepared = _pre_processed(case.onnx, out)
     quantize_dynamic(str(prepared), str(out), weight_type=QuantType.QInt8, **settings)
     prepared.unlink()
 

