@@ -84,14 +84,14 @@ def _found(assets: Path, name: str) -> Path:
 
 def _sentences(assets: Path, folder: Path) -> Mapping[str, np.ndarray]:
     """Token ids and masks int64 N×WORDS, labels N (1: positive); writes the weights beside them."""
+    place, reviews = _found(assets, MINILM), _found(assets, SENTENCES[0])
     import torch
     from safetensors.torch import load_file
     from tokenizers import Tokenizer  # pyright: ignore[reportMissingImports]
 
-    place = _found(assets, MINILM)
     state = load_file(place / "model.safetensors")
     torch.save({name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}, folder / "weights.pt")
-    rated = [(float(line[1]), line[2]) for line in _movie_lines(_found(assets, SENTENCES[0])) if float(line[1]) != 0]
+    rated = [(float(line[1]), line[2]) for line in _movie_lines(reviews) if float(line[1]) != 0]
     chosen = np.random.default_rng(SEED).permutation(len(rated))[: JUDGED + CALIBRATED]
     tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
     tokenizer.enable_truncation(WORDS)

@@ -280,10 +280,14 @@ def test_models_and_rows_can_be_added(script, tmp_path):
     assert [(row.name, row.passes) for row in options.ours] == [("new", "a, b{c=d}")]
 
 
-def test_mobilenet_v2_is_not_run_untrained(script, tmp_path):
+def test_models_made_from_files_are_not_run_without_them(script, tmp_path):
     quantizers, fashion = script("quantizers"), script("_quantizers_fashion")
     given = next(given for given in quantizers.MODELS if given.name == fashion.NAME)
-    with pytest.raises(UsageError, match="before it is trained"):
+    with pytest.raises(UsageError, match="made from files that are not here"):
         quantizers._ready(given, quantizers.arguments([str(tmp_path)]))
     with pytest.raises(DataError):
         fashion.given(tmp_path / "there", tmp_path)
+    files = script("_quantizers_files")
+    for name in files.NAMES:
+        with pytest.raises(UsageError, match="has no"):
+            files.given(name, tmp_path / name, tmp_path)
