@@ -112,11 +112,11 @@ def _tried(case: Case, peer: Peer, path: Path, python: Path | None) -> dict[str,
             sessions.find("onnxruntime").open(path, case.graph.signature, {}, THREADS)  # a peer's file may not load
     except Exception as error:  # noqa: BLE001 (whatever a peer raises is its row's reason)
         path.unlink(missing_ok=True)
-        return {"seconds": time.perf_counter() - begin, "problem": f"failed: {type(error).__name__}: {_brief(str(error))}"}
+        return {"seconds": time.perf_counter() - begin, "problem": f"failed: {type(error).__name__}: {brief(str(error))}"}
     return {"seconds": seconds, "problem": ""}
 
 
-def _brief(text: str) -> str:
+def brief(text: str) -> str:
     """One line without this machine's paths."""
     words = [word.rpartition("/")[2] if word.count("/") > 1 else word for word in text.split()]
     return " ".join(words)[-LAST_WORDS:]
@@ -266,7 +266,7 @@ def _openvino(case: Case, peer: Peer, path: Path, baseline: Path, python: Path, 
             ]
         timed = json.loads(times.read_text(encoding="utf-8"))
     except (RuntimeError, subprocess.TimeoutExpired) as error:
-        return Made(peer.name, PEER, how, seconds=seconds, runtime=RUNTIMES[peer.tool], problem=f"failed: {_brief(str(error))}")
+        return Made(peer.name, PEER, how, seconds=seconds, runtime=RUNTIMES[peer.tool], problem=f"failed: {brief(str(error))}")
     finally:
         for file in (calls, answers, times):
             file.unlink(missing_ok=True)

@@ -34,6 +34,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,10 @@ from typing import Any
 import _quantizers_fashion as fashion
 import _quantizers_files as files
 from _quantizers_cases import ARRAYS, IMAGES, TARGET, Case, Given, prepare
-from _quantizers_made import OURS, Made, answers, judge
+from _quantizers_made import OURS, Made, Outputs, answers, judge
 from _quantizers_ours import Row, compiled, float_row, quantize
 from _quantizers_page import bars, markdown, plain, row_of
-from _quantizers_peers import BASELINE, THREADS, Peer, run_peer, versions_of
+from _quantizers_peers import BASELINE, THREADS, Peer, brief, run_peer, versions_of
 from _shared import real_photos, results_folder, say, write
 
 from deploycc.bench.harness import Candidate, measure
@@ -169,19 +170,27 @@ def line_up(case: Case, options: argparse.Namespace, photos: Photos, work: Path)
     return made
 
 
-def compare(case: Case, made: Sequence[Made], settings: Bench, raw: Path) -> dict[str, Any]:
+def _answers(item: Made, case: Case) -> list[Outputs]:
+    assert item.open is not None  # it has no problem
+    with item.open() as session:
+        return answers(session, case.judging)
+
+
+def compare(case: Case, made: list[Made], settings: Bench, raw: Path) -> dict[str, Any]:
     """Judge every row and time those that open here in one interleaved run, whose samples go to the file `raw`."""
-    with made[0].open() as session:  # the float graph
-        want = answers(session, case.judging)
+    want = _answers(made[0], case)  # the float graph's
     qualities: dict[str, Any] = {}
-    for item in made:
+    for index, item in enumerate(made):
         if item.problem:
             continue
         say(f"{case.given.name}: judging {item.name}")
-        got = item.answers
-        if got is None:
-            with item.open() as session:
-                got = answers(session, case.judging)
+        try:
+            got = item.answers or _answers(item, case)
+        except Exception as error:  # a runtime raises what it likes on a peer's graph; ours are not excused
+            if item.side == OURS:
+                raise
+            made[index] = replace(item, open=None, problem=f"the runtime fails on it: {brief(str(error))}")
+            continue
         qualities[item.name] = judge(want, got, case.labels, vectors=case.given.kind == ARRAYS)
     candidates = [Candidate(item.name, item.open, case.probes) for item in made if item.open]
     say(f"{case.given.name}: one interleaved run over {len(candidates)} rows")

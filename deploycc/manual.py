@@ -47,7 +47,7 @@ def pass_manual(name: str) -> str:
     if options_of(cls):
         lines += ["", f"options, as in {name}{{{_example(cls)}}}:", table(_option_rows(cls), indent="  ")]
     module = inspect.getdoc(inspect.getmodule(cls)) or ""
-    return "\n".join([*lines, "", module])
+    return "\n".join([*lines, "", module, *(["", rules] if (rules := cls.rules()) else [])])
 
 
 def _example(cls: type[Pass]) -> str:

@@ -3,7 +3,9 @@
 import importlib.util
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,7 +144,7 @@ def test_calls_survive_the_file_between_two_pythons(script, tmp_path):
 
 
 def test_what_a_peer_says_is_told_without_paths(script):
-    assert script("_quantizers_peers")._brief("no such file:\n /root/some/where/model.onnx, sorry") == "no such file: model.onnx, sorry"
+    assert script("_quantizers_peers").brief("no such file:\n /root/some/where/model.onnx, sorry") == "no such file: model.onnx, sorry"
     assert script("_quantizers_page").plain("cannot read '/tmp/x/y/z.onnx' and /root/a: stop") == "cannot read 'z.onnx' and a: stop"
 
 
@@ -291,3 +293,31 @@ def test_models_made_from_files_are_not_run_without_them(script, tmp_path):
     for name in files.NAMES:
         with pytest.raises(UsageError, match="has no"):
             files.given(name, tmp_path / name, tmp_path)
+
+
+def test_a_peer_that_the_runtime_fails_on_is_a_row_that_says_so(script, tmp_path, monkeypatch):
+    quantizers, made = script("quantizers"), script("_quantizers_made")
+
+    class Answering:
+        def __init__(self, error=None):
+            self.error = error
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            pass
+
+        def run(self, feeds):
+            if self.error:
+                raise RuntimeError(self.error)
+            return {"y": np.ones((1, 3))}
+
+    monkeypatch.setattr(quantizers, "measure", lambda candidates, settings: pytest.fail(f"timed {[item.name for item in candidates]}"))
+    case = SimpleNamespace(given=SimpleNamespace(name="net", kind="images"), judging=[{}], labels=[None], probes=[{}])
+    fails = [made.Made("float", "float", open=Answering), made.Made("peer", "peer", open=lambda: Answering("zero point at /a/b/c.cc"))]
+    with pytest.raises(pytest.fail.Exception, match=r"timed \['float'\]"):
+        quantizers.compare(case, fails, None, tmp_path / "raw")
+    assert fails[1].problem == "the runtime fails on it: zero point at c.cc"
+    with pytest.raises(RuntimeError):
+        quantizers.compare(case, [fails[0], replace(fails[1], side=made.OURS, open=lambda: Answering("x"), problem="")], None, tmp_path)

@@ -167,6 +167,11 @@ class Pass(ABC):
         return ()
 
     @classmethod
+    def rules(cls) -> str:
+        """What its manual says beside the module's docstring: rules that other docstrings hold."""
+        return ""
+
+    @classmethod
     def rescue(cls, pipeline: Pipeline, target: Target) -> Pipeline | None:
         """`pipeline` with this pass in it, where that may win back accuracy that the gate misses; None where it cannot."""
         return None

@@ -54,6 +54,9 @@ class Quant(_Table):
     reduce_range: bool = False
     channel_multiple: int = Field(default=1, ge=1, description="what channel pruning rounds to")
     calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy", "octav", "output-mse"] = "minmax"
+    placement: Literal["onnxruntime", "openvino", "tensorrt"] = Field(
+        default="onnxruntime", description="whose rules say what is quantized"
+    )
     sparsity: Literal["none", "2:4", "unstructured"] = Field(default="none", description="zeros in weights that a kernel skips")
 
 
@@ -115,6 +118,10 @@ class Target(_Table):
             )
         if quant.activations == "int16" and not quant.activation_symmetric:
             raise ValueError("quant: int16 activations must be symmetric; set activation_symmetric = true")
+        if quant.placement == "tensorrt" and not (quant.activations == quant.weights == "int8" and quant.activation_symmetric):
+            raise ValueError(
+                "quant: placement = tensorrt takes symmetric int8 only; set activations = weights = 'int8' and activation_symmetric = true"
+            )
         if hardware.cores is not None and self.bench.threads > hardware.cores:
             raise ValueError(f"bench: {self.bench.threads} threads on a device with {hardware.cores} cores")
         return self

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploycc.passes._placement import is_constant
+from deploycc.passes._dialects import is_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir

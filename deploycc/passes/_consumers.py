@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploycc.passes._placement import HEAVY, Placement
+from deploycc.passes._dialects import HEAVY
+from deploycc.passes._placement import Placement
 from deploycc.passes._ranges import Histogram
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploycc.passes._placement import GATES, Placement
+from deploycc.passes._dialects import GATES
+from deploycc.passes._placement import Placement
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,6 +27,7 @@ def split_hard_swish(graph: ir.Graph, placement: Placement) -> Placement:
     import onnx_ir as ir
 
     chosen, names, leaders = frozenset(placement.nodes), list(placement.nodes), dict(placement.leaders)
+    reads, results = dict(placement.reads), set(placement.results)
     for node in list(graph):
         if node.op_type != "HardSwish" or node.name not in chosen:
             continue
@@ -35,8 +37,10 @@ def split_hard_swish(graph: ir.Graph, placement: Placement) -> Placement:
         product = ir.node("Mul", [x, gate.outputs[0]], name=f"{node.name}_Mul")
         ir.convenience.replace_nodes_and_values(graph, node, [node], [gate, product], [out], product.outputs)
         leaders[f"{node.name}_gate"] = f"{node.name}_gate"
+        results.add(f"{node.name}_gate")
+        reads |= {gate.name or "": (0,), product.name or "": (0, 1)}
         names[names.index(node.name) : names.index(node.name) + 1] = [gate.name or "", product.name or ""]
-    return replace(placement, nodes=tuple(names), leaders=leaders)
+    return replace(placement, nodes=tuple(names), leaders=leaders, reads=reads, results=frozenset(results))
 
 
 def slope_and_shift(node: ir.Node) -> tuple[float, float]:

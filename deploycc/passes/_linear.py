@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from deploycc.passes._placement import is_constant
+from deploycc.passes._dialects import is_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir

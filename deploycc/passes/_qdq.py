@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploycc.core.target import Quant
+from deploycc.passes._dialects import HEAVY, dialect_of, is_constant
 from deploycc.passes._gates import shift
 from deploycc.passes._held_pairs import hold_pairs
 from deploycc.passes._madd import is_depthwise
-from deploycc.passes._placement import HEAVY, Placement, activations, is_constant
+from deploycc.passes._placement import Placement
 from deploycc.passes._rounding import round_keeping_sums
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Scale:
 def activation_scale(low: float, high: float, quant: Quant) -> Scale:
     """Parameters for the range [low, high], which holds 0."""
     kind = np.dtype(quant.activations)
+    if kind == np.uint8 and dialect_of(quant).centred(low, high):
+        return Scale(np.float32(max(-low, high) / np.iinfo(np.int8).max), np.array(0, np.int8))
     limits = np.iinfo(kind)
     if quant.activation_symmetric:
         middle = 128 if kind.kind == "u" else 0
@@ -118,6 +121,7 @@ class Writer:
         self.scales = scales
         self.means = means
         self.quant = quant
+        self.dialect = dialect_of(quant)
         self.how = how
         self.integer = frozenset(placement.nodes)
         self._weights: dict[tuple[str, int], Weight] = {}
@@ -129,11 +133,11 @@ class Writer:
         for node in nodes:
             if node.op_type in HEAVY:
                 self._parameters(node)
-            else:
+            elif not self.dialect.float_constants:
                 self._constants(self._as_add(node) if node.op_type == "HardSigmoid" else node)
         for value in self._values():
             self._activation(value)
-        for node in self.graph:
+        for node in self.graph if self.dialect.own_dequantize else ():
             if node.op_type in REQUANTIZED and node.name not in self.integer:
                 self._keep_float(node)
 
@@ -162,8 +166,8 @@ class Writer:
         before = scale if found.before is None else self._initializer(f"{leader}_scale_before", np.asarray(found.before))
         zero = self._initializer(f"{leader}_zero_point", found.zero_point)
         producer = value.producer()
-        made_by_integer = producer is not None and self._is_integer_result(producer)
-        readers = [(node, index) for node, index in value.uses() if made_by_integer or self._reads(node, value)]
+        rounded = name in self.placement.results
+        readers = [(node, index) for node, index in value.uses() if rounded or index in self.placement.reads.get(node.name or "", ())]
         quantize = ir.node("QuantizeLinear", [value, before, zero], name=f"{name}_QuantizeLinear")
         quantize.outputs[0].name = f"{name}_quantized"
         dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{name}_DequantizeLinear")
@@ -175,7 +179,7 @@ class Writer:
             self.graph.insert_after(producer, [quantize, dequantize])
         for node, index in readers:
             node.replace_input_with(index, out)
-        if made_by_integer and value.is_graph_output():
+        if rounded and value.is_graph_output():
             self._take_over_output(value, out)
 
     def _keep_float(self, node: ir.Node) -> None:
@@ -206,18 +210,8 @@ class Writer:
             if output is value:
                 self.graph.outputs[index] = out
 
-    def _is_integer_result(self, producer: ir.Node) -> bool:
-        """Whether a value comes from an integer operator, directly or through a folded activation."""
-        if producer.name in self.integer:
-            return True
-        source = producer.inputs[0].producer() if producer.op_type in ("Relu", "Clip") and producer.inputs[0] is not None else None
-        return source is not None and source.name in self.integer and (source.outputs[0].name not in self.placement.leaders)
-
-    def _reads(self, node: ir.Node, value: ir.Value) -> bool:
-        return node.name in self.integer and any(value is item for item in activations(node))
-
     def _parameters(self, node: ir.Node) -> None:
-        """Weights to int8 and bias to int32, each behind a DQ."""
+        """Weights to int8 and bias to int32, each behind a DQ; or the bias in float."""
         import onnx_ir as ir
 
         weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
@@ -226,22 +220,26 @@ class Writer:
             raise ValueError(f"{node.name} has no constant weight")  # the placement only takes those that have
         x_scale = float(self.scales[self.placement.leaders[source.name or ""]].scale)
         float_bias = bias.const_value.numpy() if bias is not None and bias.const_value is not None else None
-        made = self._weight(node, weight, float_bias, x_scale)
+        in_float = self.dialect.float_constants
+        made = self._weight(node, weight, None if in_float else float_bias, x_scale)
         node.replace_input_with(1, made.value)
         if node.op_type == "MatMul":
             return  # it has no bias
         corrected = self._corrected(node, source.name or "", made.error, float_bias)
         if corrected is None:
             return
+        stem = f"{node.name}_bias"
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+        if in_float:
+            node.replace_input_with(2, self._initializer(f"{stem}_corrected", corrected.astype(np.float32)))
+            return
         scale = (np.float32(x_scale) * made.scales).astype(np.float32)
         array = np.clip(np.rint(corrected / scale.astype(np.float64)), -BIAS_LIMIT, BIAS_LIMIT).astype(np.int32)
-        stem = f"{node.name}_bias"
         inputs = [self._initializer(f"{stem}_quantized", array), self._initializer(f"{stem}_scale", scale)]
         dq = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{stem}_DequantizeLinear")
         dq.outputs[0].name = f"{stem}_dequantized"
         self.graph.insert_before(node, dq)
-        if len(node.inputs) < 3:
-            node.resize_inputs(3)
         node.replace_input_with(2, dq.outputs[0])
 
     def _corrected(self, node: ir.Node, source: str, error: np.ndarray, bias: np.ndarray | None) -> np.ndarray | None:

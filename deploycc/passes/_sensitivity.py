@@ -26,8 +26,8 @@ import numpy as np
 
 from deploycc.core.artifact import Artifact
 from deploycc.core.contract import Context
+from deploycc.passes._dialects import HEAVY
 from deploycc.passes._islands import Segment, segment_times
-from deploycc.passes._placement import HEAVY
 
 if TYPE_CHECKING:
     import onnx_ir as ir

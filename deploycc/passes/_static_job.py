@@ -48,13 +48,14 @@ class Job:
         """The quantized graph, with the operators of skip= and `more` (name → reason) left in float."""
         from deploycc.forms.onnx import clone
         from deploycc.passes import _qdq
+        from deploycc.passes._dialects import dialect_of
         from deploycc.passes._gates import gate_outputs, split_hard_swish
         from deploycc.passes._placement import place
 
-        quant, options = self.quant, self.options
+        quant, options, dialect = self.quant, self.options, dialect_of(self.quant)
         model = clone(self.model)
         skip = {**more, **self._float, **dict.fromkeys(options.skip, "left out by skip=")}
-        placement = place(model, skip=skip, fold_activations=not quant.activation_symmetric)
+        placement = place(model, skip=skip, dialect=dialect)
         if not placement.nodes:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in placement.left_float[:3]) or "it has no Conv, Gemm or MatMul"
             raise NothingToDo(f"{options.name} finds nothing to quantize ({reasons})", fix="use quantize-dynamic, or leave it out")
@@ -62,10 +63,12 @@ class Job:
             self._statistics = self._calibrate(placement)
         histograms, means = self._statistics
         ranges = {name: self._range(name, histograms[name]) for name in dict.fromkeys(placement.leaders.values())}
-        placement = split_hard_swish(model.graph, placement)
+        if dialect.splits_gates:
+            placement = split_hard_swish(model.graph, placement)
         scales = {name: _qdq.activation_scale(*found, quant) for name, found in ranges.items()}
-        scales |= {name: _qdq.gate_scale(alpha, quant) for name, alpha in gate_outputs(model.graph, placement).items()}
-        how = _qdq.How(options.clip_weights, options.keep_sums, options.correct_bias != "none", options.holds_pairs)
+        gates = gate_outputs(model.graph, placement) if dialect.splits_gates else {}
+        scales |= {name: _qdq.gate_scale(alpha, quant) for name, alpha in gates.items()}
+        how = _qdq.How(options.clip_weights, options.keep_sums, options.correct_bias != "none", options.holds_pairs and dialect.holds_pairs)
         writer = _qdq.Writer(model.graph, placement, scales, means, quant, how, self._codes)
         writer.write()
         _clean(model)

@@ -118,6 +118,13 @@ class StaticOptions(Pass):
         note, facts = _measured_bias.told(_measured_bias.correct(model, float_model, artifact, context))
         return artifact.evolve(model, notes=(*artifact.notes, note), details={**artifact.details, "bias_shifts": facts})
 
+    @classmethod
+    def rules(cls) -> str:
+        """Of placement, runtime by runtime."""
+        from deploycc.passes._dialects import manual
+
+        return manual()
+
     def retreats(self) -> tuple[Pass, ...]:
         """More and more of the worst operators in float."""
         return tuple(replace(self, fallback=count) for count in FALLBACKS if count > self.fallback)

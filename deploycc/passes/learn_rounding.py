@@ -112,11 +112,12 @@ class LearnRounding(StaticOptions):
     def _draw(self, float_model: ir.Model, model: ir.Model, artifact: Artifact, context: Context) -> tuple[list[Reader], list[str]]:
         """Rows of what the integer operators read in the float graph, and the operators whose rows cannot be drawn. Raises NothingToDo."""
         from deploycc.passes._consumers import watch
-        from deploycc.passes._placement import HEAVY, Placement
+        from deploycc.passes._dialects import HEAVY
+        from deploycc.passes._placement import Placement
         from deploycc.passes._static_job import calls, observe
 
         integer = tuple(node.name or "" for node in model.graph if node.op_type in HEAVY and _dequantizes(node.inputs[1]))
-        drawing = watch(float_model.graph, Placement(integer, {}, ()), calls(artifact, context), context.seed, self.rows)
+        drawing = watch(float_model.graph, Placement(integer, {}, (), {}), calls(artifact, context), context.seed, self.rows)
         if not drawing.found:
             raise NothingToDo(f"learn-rounding learns convolutions over two axes and products, and {artifact.source} has none", fix=INSTEAD)
         for tensors in observe(float_model, drawing.sources, artifact, context, "rows of every operator"):

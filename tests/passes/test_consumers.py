@@ -6,7 +6,9 @@ import torch
 from onnx import helper
 from test_quantize_static import context, make, outputs, residual, tensor
 
+from deploycc.core.target import Quant
 from deploycc.passes._consumers import ROWS, Reader, best_range, readers, watch
+from deploycc.passes._dialects import OnnxRuntime
 from deploycc.passes._placement import place
 from deploycc.passes._ranges import Histogram, octav
 from deploycc.passes.quantize_static import QuantizeStatic
@@ -19,7 +21,7 @@ def test_rows_are_what_the_convolution_sees():
         [tensor("w", 6, 2, 3, 3)],
         inputs=(("x", (1, 4, 9, 8)),),
     )
-    (reader,) = readers(artifact.model.graph, place(artifact.model, skip={}, fold_activations=True))
+    (reader,) = readers(artifact.model.graph, place(artifact.model, skip={}, dialect=OnnxRuntime(Quant())))
     x = np.random.default_rng(0).normal(size=(2, 4, 9, 8)).astype(np.float32)
     reader.take(x, 300, np.random.default_rng(1))
     (rows,) = reader.rows
@@ -49,7 +51,7 @@ def test_a_direction_that_the_weights_ignore_costs_nothing():
 
 def test_the_memory_of_rows_does_not_grow_with_the_samples():
     artifact = residual()
-    placement = place(artifact.model, skip={}, fold_activations=True)
+    placement = place(artifact.model, skip={}, dialect=OnnxRuntime(Quant()))
     for samples in (8, 100, 1000):  # fewer and more than there are rows
         found = watch(artifact.model.graph, placement, samples, 0)
         assert len(found.found) == 3

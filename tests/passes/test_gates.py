@@ -11,6 +11,7 @@ from test_quantize_static import context, make, outputs, tensor
 from deploycc.backends._onnxruntime_graph import _optimized
 from deploycc.core.target import Quant
 from deploycc.forms import onnx as form
+from deploycc.passes._dialects import OnnxRuntime
 from deploycc.passes._gates import slope_and_shift
 from deploycc.passes._placement import place
 from deploycc.passes._qdq import gate_scale
@@ -69,7 +70,7 @@ def test_the_clip_is_the_saturation_of_the_codes():
 
 
 def test_a_symmetric_type_has_no_codes_that_end_at_zero():
-    placement = place(swish().model, skip={}, fold_activations=False)
+    placement = place(swish().model, skip={}, dialect=OnnxRuntime(Quant(activation_symmetric=True)))
     assert placement.nodes == ("conv1", "conv2")
     artifact = swish()
     after = QuantizeStatic()(artifact, context(artifact, quant=SYMMETRIC))

@@ -13,6 +13,7 @@ from deploycc.core.data import Data
 from deploycc.core.target import Hardware, Quant, Target
 from deploycc.errors import DataError, DataNeeded, NothingToDo, PreconditionError, UnknownName
 from deploycc.forms import onnx as form
+from deploycc.passes._dialects import OnnxRuntime
 from deploycc.passes._placement import place
 from deploycc.passes._qdq import activation_scale, weight_scales
 from deploycc.passes.quantize_static import QuantizeStatic
@@ -110,14 +111,14 @@ def error(before, after, ctx):
 
 
 def test_placement_takes_the_whole_chain_and_leaves_the_logits_in_float():
-    placement = place(residual().model, skip={}, fold_activations=True)
+    placement = place(residual().model, skip={}, dialect=OnnxRuntime(Quant()))
     assert placement.nodes == ("conv1", "conv2", "add", "pool", "flatten", "gemm")
     assert placement.leaders == {"x": "x", "r1": "r1", "c2": "c2", "r2": "r2", "p": "p", "f": "p"}
     assert placement.left_float == ()
 
 
 def test_a_symmetric_range_cannot_swallow_a_relu():
-    placement = place(residual().model, skip={}, fold_activations=False)
+    placement = place(residual().model, skip={}, dialect=OnnxRuntime(Quant(activation_symmetric=True)))
     assert "c1" in placement.leaders
     assert "r1" in placement.leaders
 
@@ -130,7 +131,7 @@ def test_a_light_operator_that_no_integer_reads_stays_in_float():
         ],
         [tensor("w", 4, 3, 1, 1)],
     )
-    assert place(artifact.model, skip={}, fold_activations=True).nodes == ("conv",)
+    assert place(artifact.model, skip={}, dialect=OnnxRuntime(Quant())).nodes == ("conv",)
 
 
 def test_what_stays_in_float_is_named_with_its_reason():
@@ -144,7 +145,7 @@ def test_what_stays_in_float_is_named_with_its_reason():
         [tensor("w", 3, 3, 1, 1), tensor("u", 4, 3, 1, 1), tensor("v", 4, 5)],
         inputs=(("x", (1, 3, 8, 8)), ("g", (1, 4))),
     )
-    left = dict(place(artifact.model, skip={"conv": "left out by skip="}, fold_activations=True).left_float)
+    left = dict(place(artifact.model, skip={"conv": "left out by skip="}, dialect=OnnxRuntime(Quant())).left_float)
     assert left == {
         "up (ConvTranspose)": "ONNX Runtime has no integer ConvTranspose on the CPU",
         "attention (MatMul)": "both of its inputs are activations",
