@@ -48,7 +48,7 @@ def _kernels(kernels: Sequence[Mapping[str, Any]], *, every: bool) -> list[str]:
         rows = [(kernel["precision"], _share(kernel["macs"], total), kernel["operator"], kernel["name"]) for kernel in kernels]
         return [*lines, manual.table([("PRECISION", "MACS", "KERNEL", "NAME"), *rows], indent="  ")]
     rows = [("PRECISION", "MACS", "KERNELS")]
-    for precision in ("int8", "float", "conversion"):
+    for precision in ("int8", "bf16", "f16", "float", "conversion"):
         same = [kernel for kernel in kernels if kernel["precision"] == precision]
         if same:
             kinds = Counter(kernel["operator"] for kernel in same).most_common()

@@ -152,7 +152,7 @@ def inspect(thing: str, *, inputs: Shapes, weights: Path | None, random_weights:
             "runtime": dict(manifest["runtime"]),
             "signature": loaded.signature.to_json(),
             "coverage": manifest["shipped"]["coverage"],
-            "kernels": _kernels(manifest["target"]["backend"], loaded.model),
+            "kernels": _kernels(manifest["target"]["backend"], loaded.model, manifest["runtime"]),
             "decision": manifest.get("decision"),
             "notices": manifest.get("notices", []),
             "files": [{"path": item["path"], "bytes": (loaded.folder / item["path"]).stat().st_size} for item in bundles.listed(manifest)],
@@ -183,15 +183,15 @@ def _precision(artifact: Artifact) -> tuple[dict[str, Any] | None, list[dict[str
     any_cpu = targets.Target(name="inspect", title="", backend=backend.name, arch="aarch64", pipeline="")
     with tempfile.TemporaryDirectory() as folder:
         built = backend.build(artifact, any_cpu, Path(folder))
-        return asdict(built.coverage), _kernels(backend.name, Path(folder) / built.files[0])
+        return asdict(built.coverage), _kernels(backend.name, Path(folder) / built.files[0], built.runtime)
 
 
-def _kernels(name: str, model: Path) -> list[dict[str, Any]] | None:
+def _kernels(name: str, model: Path, runtime: Mapping[str, str]) -> list[dict[str, Any]] | None:
     """The graph that the runtime computes; None where it does not show it, or is not here."""
     backend = BACKENDS.get(name) if name in BACKENDS.names() else None
     if not isinstance(backend, Maps) or not backend.available():
         return None
-    return [asdict(kernel) for kernel in backend.kernels(model)]
+    return [asdict(kernel) for kernel in backend.kernels(model, runtime)]
 
 
 def doctor() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deploycc.backends._onnxruntime_graph import coverage, kernels
+from deploycc.backends._settings import float32_only
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import Availability, Built, Constraint, Session, Violation
 from deploycc.core.kernels import Kernel
@@ -41,7 +42,7 @@ class OnnxRuntime:
 
     def constraints(self) -> Sequence[Constraint]:
         """Versions, activation types, and operators with a kernel."""
-        return (integer_types, opset_known, kernels_exist)
+        return (integer_types, float32_only, opset_known, kernels_exist)
 
     def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
         """Write model.onnx (and model.onnx.data over 2 GB) and read the precision from the runtime's own optimized graph."""
@@ -74,7 +75,7 @@ class OnnxRuntime:
         module = importlib.import_module(f"deploycc.runtime.sessions.{SESSION}")
         return module.open(built.folder / built.files[0], built.signature, built.runtime, threads)
 
-    def kernels(self, model: Path) -> list[Kernel]:
+    def kernels(self, model: Path, runtime: Mapping[str, str]) -> list[Kernel]:
         """From the runtime's optimized graph, before its blocked memory layouts."""
         from deploycc.forms.onnx import read
 

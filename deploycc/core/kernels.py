@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -15,13 +15,13 @@ class Kernel:
     Attributes:
         name: mostly that of the operator in the file.
         operator: the kernel's kind.
-        precision: int8, float, or a conversion from one to the other.
+        precision: int8, a float of 16 bits, float, or a conversion from one to the other.
         macs: of one call with a batch of one; None where it multiplies nothing or its shapes are not known.
     """
 
     name: str
     operator: str
-    precision: Literal["int8", "float", "conversion"]
+    precision: Literal["int8", "bf16", "f16", "float", "conversion"]
     macs: int | None
 
 
@@ -29,6 +29,6 @@ class Kernel:
 class Maps(Protocol):
     """A backend whose runtime shows the graph that it computes."""
 
-    def kernels(self, model: Path) -> Sequence[Kernel]:
-        """Of a file that it built, in the graph's order."""
+    def kernels(self, model: Path, runtime: Mapping[str, str]) -> Sequence[Kernel]:
+        """Of a file that it built and the manifest's table of the runtime, in the graph's order."""
         ...

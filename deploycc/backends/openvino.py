@@ -1,0 +1,146 @@
+"""OpenVINO on x86 CPUs: the ONNX graph, Q/DQ included, as OpenVINO IR (model.xml, model.bin).
+
+The runtime fuses Q/DQ, Conv and its activation into one kernel when it loads the file. Float operators are computed in the target's
+`[runtime] precision`; with bf16 or f16, weights are stored in 16 bits. The file is written without OpenVINO's model converter, which
+reports to Intel that it was used; the same transformations are applied.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from deploycc.backends import _openvino_graph as graph
+from deploycc.core.artifact import Artifact, Form
+from deploycc.core.contract import Availability, Built, Constraint, Session, Violation
+from deploycc.core.kernels import Kernel
+from deploycc.core.target import Target
+from deploycc.core.timing import NodeTime
+
+SESSION = "openvino"
+OLDEST = "2025.0"
+FILES = ("model.xml", "model.bin")
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+F16_FLAGS = frozenset({"avx512_fp16", "amx_fp16"})
+NAMELESS = re.compile(r"[A-Za-z]+_\d+(_\d+)*")
+
+
+class OpenVino:
+    """OpenVINO, CPU plug-in."""
+
+    name: ClassVar[str] = "openvino"
+    accepts: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
+
+    def available(self) -> Availability:
+        """Whether the package is installed."""
+        try:
+            return Availability(version("openvino"))
+        except PackageNotFoundError:
+            return Availability(None, "the package openvino is not installed", "pip install 'deploycc[openvino]'")
+
+    def constraints(self) -> Sequence[Constraint]:
+        """Activation types, precision, and operators with an implementation."""
+        return (integer_types, precision_in_hardware, reads_graph)
+
+    def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
+        """Write model.xml and model.bin, and read from the compiled model which precision computes what."""
+        import openvino as ov
+
+        half, path = target.runtime.precision != "f32", folder / FILES[0]
+        ov.save_model(_converted(artifact), str(path), compress_to_fp16=half)
+        installed = version("openvino")
+        return Built(
+            folder=folder,
+            files=FILES,
+            runtime={
+                "session": SESSION,
+                "package": "openvino",
+                "version": installed,
+                "minimum": target.runtime.minimum or OLDEST,
+                "precision": target.runtime.precision,
+            },
+            signature=artifact.signature,
+            coverage=graph.coverage(path, target.runtime.precision, artifact.quant),
+            notes=(f"float operators are computed in {target.runtime.precision}, their weights stored in float16",) if half else (),
+        )
+
+    def open(self, built: Built, target: Target, *, threads: int) -> Session:
+        """The device's own session."""
+        module = importlib.import_module(f"deploycc.runtime.sessions.{SESSION}")
+        return module.open(built.folder / built.files[0], built.signature, built.runtime, threads)
+
+    def kernels(self, model: Path, runtime: Mapping[str, str]) -> list[Kernel]:
+        """From the compiled model."""
+        return graph.kernels(model, runtime.get("precision", "f32"))
+
+    def profile(self, built: Built, target: Target, feeds: Sequence[Mapping[str, np.ndarray]], *, runs: int) -> list[NodeTime]:
+        """The plug-in's performance counters."""
+        path = built.folder / built.files[0]
+        return graph.node_times(path, target.runtime.precision, target.bench.threads, feeds, runs)
+
+
+def _converted(artifact: Artifact) -> Any:
+    """As OpenVINO's own model, tidied up like its converter does. Raises what OpenVINO raises."""
+    import openvino as ov
+    from openvino._offline_transformations import apply_moc_transformations
+
+    from deploycc.forms.onnx import clone, write
+
+    graph_model = clone(artifact.model)
+    with tempfile.TemporaryDirectory() as work:
+        model: Any = ov.Core().read_model(str(write(graph_model, Path(work))))
+        apply_moc_transformations(model, cf=False, smart_reshape=False)
+        model = model.clone()  # which no longer reads the file
+    _count_names_anew(model, frozenset(node.name or "" for node in graph_model.graph))
+    return model
+
+
+def _count_names_anew(model: Any, kept: frozenset[str]) -> None:
+    """Operators without a name are called after their type and how many the process has made: other bytes every time."""
+    for index, op in enumerate(model.get_ordered_ops()):
+        name = op.get_friendly_name()
+        if name not in kept and NAMELESS.fullmatch(name):
+            op.set_friendly_name(f"{op.get_type_name()}.{index}")
+
+
+def integer_types(artifact: Artifact, target: Target) -> list[Violation]:
+    """OpenVINO's CPU kernels multiply 8-bit integers only.
+
+    Set quant.activations to uint8 or int8 in the target.
+    """
+    if target.quant.activations == "int16":
+        return [Violation(f"target {target.name}", "quant.activations = int16")]
+    return []
+
+
+def precision_in_hardware(artifact: Artifact, target: Target) -> list[Violation]:
+    """A 16-bit precision needs a CPU that computes in it; OpenVINO would use float32 elsewhere and say nothing.
+
+    Put avx512_bf16 or amx_bf16 (for f16: avx512_fp16 or amx_fp16) in [hardware] requires, or set runtime.precision = "f32".
+    """
+    wanted = {"bf16": BF16_FLAGS, "f16": F16_FLAGS}.get(target.runtime.precision)
+    if wanted is None or wanted & set(target.hardware.requires):
+        return []
+    return [
+        Violation(f"target {target.name}", f"runtime.precision = {target.runtime.precision} requires none of {', '.join(sorted(wanted))}")
+    ]
+
+
+def reads_graph(artifact: Artifact, target: Target) -> list[Violation]:
+    """OpenVINO must have an implementation of every operator.
+
+    Replace the operator it names, export the model with another opset, or use a target of ONNX Runtime.
+    """
+    try:
+        _converted(artifact)
+    except Exception as error:  # noqa: BLE001  OpenVINO raises RuntimeError and its own classes; the message is the finding
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return [Violation("OpenVINO", next((line for line in lines if "not supported" in line or "Unsupported" in line), lines[-1]))]
+    return []

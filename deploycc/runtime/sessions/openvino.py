@@ -1,0 +1,110 @@
+"""OpenVINO on the CPU, the way a device runs a bundle: one stream, explicit threads, the precision that the manifest names."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploycc.errors import BundleError, MismatchError
+from deploycc.runtime.signature import Feeds, Outputs, Signature
+
+FLOAT32 = "f32"
+CAPABILITIES = {"bf16": "BF16", "f16": "FP16"}  # precision → what the plug-in says of a CPU that computes in it
+
+
+def version() -> str | None:
+    """Version of the installed openvino, or None; imports nothing."""
+    try:
+        return importlib.metadata.version("openvino")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def open(model: Path, signature: Signature, runtime: Mapping[str, str], threads: int) -> OpenVinoSession:
+    """Load an .xml file with the .bin file beside it; runtime["precision"] is what float operators are computed in.
+
+    Raises:
+        MismatchError: OpenVINO is not installed, or this CPU does not compute in the precision (the plug-in would use float32, silently).
+        BundleError: OpenVINO cannot load the file, or its inputs and outputs are not those of `signature`.
+    """
+    try:
+        import openvino  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MismatchError(
+            f"{model.name} needs openvino, which does not import here: {error}",
+            fix=f"pip install 'openvino>={runtime.get('minimum') or runtime.get('version') or '2025.0'}'",
+        ) from error
+    ov: Any = openvino  # its types are the C++ library's
+    core, precision = ov.Core(), runtime.get("precision", FLOAT32)
+    if precision in CAPABILITIES and CAPABILITIES[precision] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise MismatchError(
+            f"{model.name} is to be computed in {precision}, which OpenVINO does not do on this CPU",
+            fix="use the bundle of a float32 or int8 target, or a CPU with AVX512_BF16 or AMX",
+        )
+    try:
+        loaded = core.compile_model(str(model), "CPU", settings(precision, threads))
+    except Exception as error:
+        raise BundleError(
+            f"OpenVINO {version()} cannot load {model.name}: {_first(str(error))}",
+            fix="check that the .xml and its .bin are whole; a file of a newer OpenVINO needs `pip install -U openvino`",
+        ) from error
+    names = {kind: [_name(port) for port in ports] for kind, ports in (("inputs", loaded.inputs), ("outputs", loaded.outputs))}
+    for kind, specs in (("inputs", signature.inputs), ("outputs", signature.outputs)):
+        wanted = [spec.name for spec in specs]
+        if sorted(wanted) != sorted(names[kind]):
+            raise BundleError(
+                f"{model.name} has the {kind} {', '.join(names[kind])}, but its signature says {', '.join(wanted)}",
+                fix="build the bundle again: the model and the manifest do not belong together",
+            )
+    return OpenVinoSession(loaded, signature)
+
+
+def settings(precision: str, threads: int) -> dict[str, Any]:
+    """Of the CPU plug-in, for one call at a time."""
+    return {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
+
+
+def _name(port: Any) -> str:
+    """The tensor's; where a model gives an input away as an output it has several."""
+    return min(port.get_names(), key=len, default="")
+
+
+def _first(message: str) -> str:
+    """The line of its message that says what is wrong: the ones before it name source files."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if not line.startswith(("Exception from", "Check '"))), "no reason given")
+
+
+class OpenVinoSession:
+    """One loaded model."""
+
+    def __init__(self, loaded: Any, signature: Signature) -> None:
+        self.signature = signature
+        self._request: Any = loaded.create_infer_request()
+        self._outputs = [(spec.name, loaded.output(spec.name)) for spec in signature.outputs]
+        self._checked: list[object] = []
+
+    def run(self, feeds: Feeds) -> Outputs:
+        """One call. Raises SignatureError."""
+        seen: list[object] = [(name, array.dtype, array.shape) for name, array in feeds.items()]
+        if seen != self._checked:  # once per kind of feeds: see the session of ONNX Runtime
+            self.signature.check(feeds)
+            self._checked = seen
+        if self._request is None:
+            raise BundleError("this session is closed", fix="open the bundle again")
+        found = self._request.infer({name: np.ascontiguousarray(array) for name, array in feeds.items()}, share_inputs=True)
+        return {name: found[port] for name, port in self._outputs}
+
+    def synchronize(self) -> None:
+        """Nothing is pending: `infer` returns when the answer is there."""
+
+    def __enter__(self) -> OpenVinoSession:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Forget the model, so that its memory goes."""
+        self._request, self._outputs = None, []
