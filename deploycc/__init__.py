@@ -20,14 +20,17 @@ __version__ = "0.1.0"
 def compile(model: Any, **options: Any) -> Compiled:
     """Compile a model (text as on the command line, a torch.nn.Module, or a (module, example input) pair) into a checked bundle.
 
-    `options` are the fields of `deploycc.planning.Options`, named like the command line's.
+    `options` are the fields of `deploycc.planning.Options`, named like the command line's. Where `target` names several, a family ("x86")
+    or a list ("a,b"), the result is that of the best.
 
     Raises:
         DeployError: what, where and how to fix.
     """
-    from deploycc import driver, planning
+    from deploycc import contest, driver, planning
 
-    return driver.compile(model, planning.options(**options))
+    given = planning.options(**options)
+    field = contest.field(given.target) if isinstance(given.target, str) else None
+    return driver.compile(model, given) if field is None else contest.run(model, given, *field).best
 
 
 def plan(model: Any, **options: Any) -> Plan:

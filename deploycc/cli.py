@@ -35,8 +35,12 @@ app = typer.Typer(
 MODEL_HELP = "torchvision:NAME, file.onnx, file.pt2, file.py:factory or package.module:factory"
 DATA_HELP = "Data that judges the model: a folder of images, file.npz, file.py:factory, sklearn:digits."
 INPUT_HELP = "NAME:SHAPE such as x:1x3x224x224; a letter makes an axis dynamic (x:Nx3x224x224). Repeatable."
+TARGET_HELP = (
+    "Name of a target (`deploycc targets`), a .toml file, or auto. A family (x86) or a list (a,b,c) compiles for every one that runs here, "
+    "times them in turns, and keeps the fastest within the limits."
+)
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-TargetName = Annotated[str, typer.Option("--target", "-t", help="Name of a target (`deploycc targets`), a .toml file, or auto.")]
+TargetName = Annotated[str, typer.Option("--target", "-t", help=TARGET_HELP)]
 DataText = Annotated[str | None, typer.Option("--data", "-d", help=DATA_HELP)]
 CalibrationText = Annotated[str | None, typer.Option("--calibration", help="Data for calibration only; no labels needed.")]
 Passes = Annotated[str | None, typer.Option(help='A whole pipeline, or edits of the target\'s: "+fold-normalize, -fold-batchnorm".')]
@@ -190,8 +194,18 @@ def compile_command(
     Exit status 0: the bundle met every limit; 1: the run failed; 2: wrong usage; 3: a bundle was written, but a limit was not met.
     """
     options = _options(**locals())
-    from deploycc import driver, render
+    from deploycc import contest, driver, render
 
+    if (field := contest.field(target)) is not None:
+        chosen, left_out = field
+        with _progress() as progress:
+            found = contest.run(model, options, chosen, left_out, progress=progress, say=lambda line: print(line, file=sys.stderr))
+        if json:
+            _emit(render.contest_json(found))
+        else:
+            for part in (*render.contest(found), *render.contest_end(found)):
+                _print(part)
+        raise typer.Exit(found.exit_status)
     with _progress() as progress:
         compiled = driver.compile(model, options, progress)
     if json:
@@ -223,13 +237,17 @@ def plan(
 ) -> None:
     """Show the resolved, typed pipeline and why; runs nothing."""
     options = _options(**locals())
-    from deploycc import manual, planning, render
+    from dataclasses import replace
 
-    planned = planning.plan(model, options)
+    from deploycc import manual, planning, render
+    from deploycc.core.target import several as targets_of
+
+    plans = [planning.plan(model, replace(options, target=name)) for name in targets_of(target) or (target,)]
     if json:
-        _emit(render.plan_json(planned, model))
+        documents = [render.plan_json(planned, model) for planned in plans]
+        _emit(documents if len(documents) > 1 else documents[0])
     else:
-        _print(manual.plan_text(planned, model))
+        _print("\n\n".join(manual.plan_text(planned, model) for planned in plans))
 
 
 @app.command()

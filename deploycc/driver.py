@@ -273,8 +273,7 @@ class _Job:
         return Candidate(name, lambda: backend.open(attempt.built, target, threads=target.bench.threads), self._feeds(attempt.artifact))
 
     def _feeds(self, artifact: Artifact) -> list[dict[str, np.ndarray]]:
-        """Real inputs, or random ones where there is no data."""
-        return self.context.data.probe(artifact, PROBES) or [example_feeds(artifact.signature, seed=self.options.seed)]
+        return real_feeds(self.context.data, artifact, self.options.seed)
 
     def contents(self, outcome: Outcome, shipped: Attempt, limits: Sequence[LimitCheck], created: str, started: float) -> Contents:
         """Everything that goes into the bundle."""
@@ -301,6 +300,11 @@ class _Job:
             created=created,
             seconds=time.monotonic() - started,
         )
+
+
+def real_feeds(data: Data, artifact: Artifact, seed: int) -> list[dict[str, np.ndarray]]:
+    """What the bench takes turns over: real inputs, or random ones where there is no data."""
+    return data.probe(artifact, PROBES) or [example_feeds(artifact.signature, seed=seed)]
 
 
 def _rung(index: int) -> str:

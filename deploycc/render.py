@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from deploycc.bench.result import BenchResult, Comparison
+    from deploycc.contest import Contest
     from deploycc.core.artifact import Receipt
     from deploycc.decision import Attempt
     from deploycc.driver import Compiled
@@ -116,11 +117,13 @@ def _best(result: Compiled) -> Attempt:
     return best(result.outcome.attempts) if result.outcome.attempts else result.outcome.parent
 
 
-def shown(found: Shown) -> Iterator[Any]:
-    """The demo's one table, and what it cannot say."""
-    table = _table("target", "ships", "bytes", "p50 ms [95 %]", "p99 ms", "speed-up", "top-1", "agreement", "SQNR", "int8 MACs", left=2)
-    table.title = f"EfficientNet-Lite0, {found.photos.labelled} labelled photos, {found.bench.environment.cpu_model}, 1 thread"
-    for row in shown_rows(found):
+def contest(found: Contest, title: str = "") -> Iterator[Any]:
+    """One row per target, and what the table cannot say."""
+    metric = next((row["metric_name"] for row in contest_rows(found) if row["metric_name"]), "metric")
+    table = _table("target", "ships", "bytes", "p50 ms [95 %]", "p99 ms", "speed-up", metric, "agreement", "SQNR", "int8 MACs", left=2)
+    environment = found.bench.environment
+    table.title = f"{title or found.best.reference.source}, {environment.cpu_model}, {environment.threads} thread(s)"
+    for row in contest_rows(found):
         ratio = row["speedup"]
         table.add_row(
             f"{row['name']} ← best" if row["best"] else row["name"],
@@ -129,7 +132,7 @@ def shown(found: Shown) -> Iterator[Any]:
             interval(row["p50_ms"]),
             milliseconds(row["p99_ms"]),
             f"{ratio[0]:.2f}× [{ratio[1]:.2f}, {ratio[2]:.2f}]" if ratio else DASH,
-            percent(row["top1"]),
+            percent(row["metric"]),
             percent(row["agreement"]),
             decibel(row["sqnr_db"]),
             percent(row["int8_macs"]),
@@ -137,58 +140,79 @@ def shown(found: Shown) -> Iterator[Any]:
         )
     yield table
     yield ""
+    yield f"speed-up over {found.bench.baseline}"
     for result in found.compiled:
-        if result.outcome.decision.shipped == "float":
-            yield f"{result.plan.target.name} ships float: {result.outcome.decision.reason}"
-    yield from (f"{name} was refused: {reason}" for name, reason in found.refused)
-    yield from (f"note: {note}" for note in found.photos.notes)
+        name = result.plan.target.name
+        if result.outcome.decision.shipped == "float" and result.plan.pipeline != result.plan.pipeline.lossless():
+            yield f"{name} ships float: {result.outcome.decision.reason}"
+        yield from (f"{name}: limit not met: {check.name}" for check in result.limits if check.met is False)
+    yield from (f"{name} takes no part: {reason}" for name, reason in found.refused)
     yield from doubts(found.bench.warnings())
-    yield f"best bundle: {found.bundle} ({found.best}); the whole demo took {found.seconds:.0f} s"
-    yield f"next: deploycc run {found.bundle} PHOTO.jpg, or python {found.bundle}/runner.pyz selftest"
 
 
-def shown_rows(found: Shown) -> list[dict[str, Any]]:
-    """The demo's table as plain values; speed-up is over eager PyTorch."""
+def shown(found: Shown) -> Iterator[Any]:
+    """The demo's one table, and what it cannot say."""
+    yield from contest(found.contest, f"EfficientNet-Lite0, {found.photos.labelled} labelled photos")
+    yield from (f"note: {note}" for note in found.photos.notes)
+    yield from contest_end(found.contest)
+
+
+def contest_end(found: Contest) -> Iterator[str]:
+    """Where the best is, and what to do with it."""
+    folder = found.bundle.folder
+    yield f"best bundle: {folder} ({found.best.plan.target.name}); all of it took {found.seconds:.0f} s"
+    yield f"next: deploycc run {folder} INPUT, or python {folder}/runner.pyz selftest"
+
+
+def contest_rows(found: Contest) -> list[dict[str, Any]]:
+    """As plain values; speed-up is over the bench's baseline, eager PyTorch where the model is a torch module."""
     from deploycc.decision import EAGER
 
     reference = found.compiled[0].outcome.parent.accuracy
-    rows = [_shown_row(found, EAGER, None, reference.reference if reference else None)]
-    return rows + [_shown_row(found, result.plan.target.name, result, None) for result in found.compiled]
+    eager = [_contest_row(found, EAGER, None, reference.reference if reference else None)] if found.bench.baseline == EAGER else []
+    return eager + [_contest_row(found, result.plan.target.name, result, None) for result in found.compiled]
 
 
-def _shown_row(found: Shown, name: str, result: Compiled | None, top1: float | None) -> dict[str, Any]:
+def _contest_row(found: Contest, name: str, result: Compiled | None, metric: float | None) -> dict[str, Any]:
     timed = found.bench.get(name)
     attempt = result.shipped if result else None
     accuracy = attempt.accuracy if attempt else None
     ratio = found.bench.ratio(name) if result else None
     return {
         "name": name,
-        "best": name == found.best,
+        "best": result is found.best,
         "ships": ("int8" if attempt.artifact.quant else "float") if attempt else DASH,
         "bytes": attempt.bytes if attempt else None,
         "p50_ms": (timed.p50_ms, *timed.interval()),
         "p99_ms": timed.p99_ms,
         "speedup": (ratio.value, ratio.low, ratio.high) if ratio else None,
-        "top1": accuracy.candidate if accuracy else top1,
+        "metric_name": accuracy.metric if accuracy else None,
+        "metric": accuracy.candidate if accuracy else metric,
         "agreement": accuracy.agreement if accuracy else None,
         "sqnr_db": accuracy.sqnr_db if accuracy else None,
         "int8_macs": attempt.built.coverage.int8_macs if attempt else None,
     }
 
 
-def shown_json(found: Shown) -> dict[str, Any]:
-    """The demo as one document."""
+def contest_json(found: Contest) -> dict[str, Any]:
+    """As one document."""
     return finite(
         {
-            "rows": shown_rows(found),
-            "best": found.best,
-            "bundle": str(found.bundle),
+            "rows": contest_rows(found),
+            "best": found.best.plan.target.name,
+            "bundle": str(found.bundle.folder),
             "refused": dict(found.refused),
-            "photos": {"labelled": found.photos.labelled, "sources": list(found.photos.sources), "notes": list(found.photos.notes)},
+            "bench": found.bench.model_dump(mode="json"),
             "warnings": list(found.bench.warnings()),
             "seconds": found.seconds,
         }
     )
+
+
+def shown_json(found: Shown) -> dict[str, Any]:
+    """The demo as one document."""
+    photos = {"labelled": found.photos.labelled, "sources": list(found.photos.sources), "notes": list(found.photos.notes)}
+    return contest_json(found.contest) | {"photos": photos}
 
 
 def passes_table(history: Sequence[Receipt]) -> Table:

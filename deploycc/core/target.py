@@ -143,6 +143,23 @@ def names() -> tuple[str, ...]:
     return tuple(sorted({path.stem for folder in folders() for path in folder.glob("*.toml")}))
 
 
+def several(text: str) -> tuple[str, ...] | None:
+    """The targets that `text` names: of a list "a,b", or of the family "x86", those called x86-…; None where it names one.
+
+    Raises UnknownName for a list that names what does not exist, or one target twice.
+    """
+    known = names()
+    if "," in text:
+        listed = tuple(name.strip() for name in text.split(","))
+        if wrong := [name for name in listed if name not in known]:
+            raise UnknownName(f"there is no target '{wrong[0]}'", fix=suggest(wrong[0], known, listing="`deploycc targets`"))
+        if len(set(listed)) < len(listed):
+            raise UnknownName(f"--target {text} names one of them twice", fix="name each target once")
+        return listed
+    family = tuple(name for name in known if name.startswith(f"{text}-"))
+    return None if text in known or not family else family
+
+
 def load(name: str) -> Target:
     """The target called `name`, or in the file `name` if it ends in .toml. Raises TargetError and UnknownName."""
     path = _path(name)

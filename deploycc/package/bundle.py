@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +70,28 @@ def write(out: Path, contents: Contents, *, zipped: bool = False) -> Bundle:
     Raises:
         StoreError: `out` is something else, cannot be written, or the disk is full; nothing is left behind and an older bundle stays.
     """
+    return _written(out, lambda work: _fill(work, contents), zipped=zipped)
+
+
+def place(folder: Path, out: Path, *, zipped: bool = False) -> Bundle:
+    """A copy of the bundle in `folder` at `out` (and `out`.zip), in place of an older bundle of that name. Raises like `write`."""
+
+    def copied(work: Path) -> Manifest:
+        shutil.copytree(folder, work, dirs_exist_ok=True)
+        return Manifest.model_validate_json((work / MANIFEST).read_text(encoding="utf-8"))
+
+    return _written(out, copied, zipped=zipped)
+
+
+def _written(out: Path, fill: Callable[[Path], Manifest], *, zipped: bool) -> Bundle:
+    """What `fill` writes into a folder, put at `out` when all of it is there."""
     out = out.resolve()  # a symbolic link stays one: what it points to is replaced
     check_destination(out)
     with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
         try:
-            manifest = _fill(work, contents)
+            manifest = fill(work)
             work.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
             _put(work, out)
         finally:
