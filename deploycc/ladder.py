@@ -1,9 +1,10 @@
 """The quality ladder: what is tried while the accuracy gate refuses, cheap to dear; and the settings that are tried for speed.
 
-    as planned → other settings of its lossy passes (better calibration) → passes that win accuracy back without training (learned
-    rounding) → the worst 1, 2, 4, 8 operators in float → passes that train (quantization-aware), where there are training data → float
+    as planned → other settings of its lossy passes (better calibration) → passes that win accuracy back without training (cross-layer
+    equalization, learned rounding) → the worst 1, 2, 4, 8 operators in float → passes that train (quantization-aware), where there are
+    training data → float
 
-From learned rounding on, every rung starts from the best so far. Which pass is a rung is its own to say: `Pass.alternatives`,
+From equalization on, every rung starts from the best so far. Which pass is a rung is its own to say: `Pass.alternatives`,
 `Pass.rescue` and `Pass.retreats` for accuracy, `Pass.faster` for speed. So a new pass brings its rung with it.
 """
 

@@ -78,6 +78,7 @@ def test_the_ladder_climbs_from_cheap_to_dear():
     assert quality(STATIC, training=True) == [
         STATIC,
         *(f"export-onnx, quantize-static{{calibration={method}}}" for method in ("mse", "percentile", "output-mse")),
+        "export-onnx, equalize-layers, quantize-static",
         "export-onnx, learn-rounding",
         *(f"export-onnx, quantize-static{{fallback={count}}}" for count in (1, 2, 4, 8)),
         "export-onnx, quantize-static, quantize-qat",
@@ -88,6 +89,12 @@ def test_without_training_data_nothing_trains_and_held_pairs_are_not_learned():
     found = quality(STATIC, reduce_range=True)
     assert not [text for text in found if "quantize-qat" in text or "learn-rounding" in text]
     assert found[-1].endswith("{fallback=8}")
+
+
+def test_layers_are_equalized_once():
+    found = quality("export-onnx, equalize-layers, quantize-static")
+    assert all(text.count("equalize-layers") == 1 for text in found)
+    assert "export-onnx, equalize-layers, learn-rounding" in found
 
 
 def test_pytorchs_engines_train_in_place():
@@ -102,11 +109,12 @@ def test_a_lossless_pipeline_has_no_ladder():
 def test_later_rungs_start_from_the_best_so_far():
     attempts: list[Any] = []
     rungs = quality_rungs(Pipeline.parse(STATIC), ANY, cast(Any, SimpleNamespace(has=lambda part: False)), attempts)
-    for agreement, pipeline in zip((0.90, 0.95, 0.94, 0.93, 0.91), rungs, strict=False):
+    for agreement, pipeline in zip((0.90, 0.95, 0.94, 0.93, 0.92, 0.91), rungs, strict=False):
         accuracy = SimpleNamespace(metric="agreement", candidate=agreement, sqnr_db=20.0)
         attempts.append(SimpleNamespace(pipeline=pipeline, passed=False, accuracy=accuracy))
-    # learn-rounding took the best calibration's settings, lost, and the fall-back goes on from that calibration
-    assert str(attempts[4].pipeline) == "export-onnx, learn-rounding{calibration=mse}"
+    # equalization and learn-rounding took the best calibration's settings, lost, and the fall-back goes on from that calibration
+    assert str(attempts[4].pipeline) == "export-onnx, equalize-layers, quantize-static{calibration=mse}"
+    assert str(attempts[5].pipeline) == "export-onnx, learn-rounding{calibration=mse}"
     assert str(next(rungs)) == "export-onnx, quantize-static{calibration=mse fallback=1}"
 
 

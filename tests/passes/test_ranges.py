@@ -64,12 +64,23 @@ def test_mse_is_the_best_of_a_brute_force_search():
     def error(lo, hi):
         scale = (hi - lo) / 15
         zero = np.rint(-lo / scale)
-        return np.sum((values - (np.clip(np.rint(values / scale) + zero, 0, 15) - zero) * scale) ** 2)
+        weight = np.where((values < lo) | (values > hi), ranges.CLIPPED, 1.0)
+        return np.sum(weight * (values - (np.clip(np.rint(values / scale) + zero, 0, 15) - zero) * scale) ** 2)
 
     grid = np.linspace(0.3, 1, 30)
     best = min(error(result.low * a, result.high * b) for a in grid for b in grid)
     assert error(low, high) <= best * 1.05
     assert error(low, high) < error(result.low, result.high) * 0.9
+
+
+def test_clipping_weighs_more_than_rounding(monkeypatch):
+    """A thousandth of the values lies far out: for the plain squared error not worth the coarser steps, but they are all of one sign."""
+    rng = np.random.default_rng(3)
+    result = histogram(np.concatenate([rng.uniform(0, 1, 100_000), rng.uniform(1, 1.6, 40)]))
+    _, wide = ranges.mse(result, 256)
+    monkeypatch.setattr(ranges, "CLIPPED", 0.01)
+    _, narrow = ranges.mse(result, 256)
+    assert narrow < 1.1 < 1.3 < wide
 
 
 def test_entropy_clips_a_rare_tail_and_keeps_a_uniform_range():
