@@ -82,13 +82,13 @@ def _kernels(ready: Any, macs: Mapping[str, int | None]) -> list[Kernel]:
 
 
 def node_times(path: Path, precision: str, threads: int, feeds: Sequence[Mapping[str, np.ndarray]], runs: int) -> list[NodeTime]:
-    """Of what one call runs, in order, each with the lower quartile of its times."""
+    """Of what one call runs, in order, each with the lower quartile of its times; always the same operators for the same file."""
     _, ready = compiled(path, precision, threads, timed=True)
     request, times = ready.create_infer_request(), dict[tuple[str, str], list[float]]()
     for call in range(runs):
         request.infer(dict(feeds[call % len(feeds)]))
         for fact in request.profiling_info:
-            if fact.status.name == "EXECUTED" and fact.node_type not in NOT_COMPUTED:
+            if fact.node_type not in NOT_COMPUTED:  # whatever its status: what takes under a microsecond is "not run"
                 times.setdefault((fact.node_name, fact.node_type), []).append(fact.real_time.total_seconds() * 1e3)
     return [NodeTime(name, operator, float(np.percentile(found, 25))) for (name, operator), found in times.items()]
 
