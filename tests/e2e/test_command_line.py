@@ -86,7 +86,6 @@ def test_every_pass_has_a_receipt(compiled):
         "export-onnx",
         "update-opset",
         "fold-constants",
-        "equalize-layers",
         "quantize-static",
     ]
     quantized = receipts[-1]
@@ -166,11 +165,12 @@ def test_a_gate_that_refuses_everything_ships_float_with_the_reason(deploycc, tm
     last = [attempt["pipeline"].rpartition(", ")[2] for attempt in document["attempts"]]
     calibrations = ["none", "percentile", "output-mse"]
     assert [f"calibration={name} " in text for name, text in zip(calibrations, last[1:4], strict=True)] == [True] * 3
-    assert [text.rpartition("fallback=")[2] for text in last[1:]] == ["0}", "0}", "0}", "1}", "2}", "4}"]
+    assert [text.rpartition("fallback=")[2] for text in last[1:]] == ["0}", "0}", "0}", "0}", "1}", "2}"]
+    assert "equalize-layers" in document["attempts"][4]["pipeline"]
     assert document["decision"]["shipped"] == "float"
     assert "the accuracy gate refused all 6 attempts" in document["decision"]["reason"]
-    (untried,) = document["decision"]["untried"]  # three of the net's four operators are in float already
-    assert "fallback=8}: it makes the same model as" in untried
+    for count, untried in zip((4, 8), document["decision"]["untried"], strict=True):  # no other operator wins anything in float
+        assert f"fallback={count}}}: it makes the same model as" in untried
     assert document["exit_status"] == 0  # the float artifact meets every limit
     within = deploycc(*words, "--budget", "1s", "-o", tmp_path / "c", "--json").json
     assert len(within["attempts"]) == 2  # the float artifact and one attempt: the budget was over after it
