@@ -1,10 +1,10 @@
 """The graph that OpenVINO's CPU plug-in computes: which kernels, in which precision, how long each takes.
 
 Every operator of the compiled model says the precision it computes in (`runtimePrecision`), its implementation (`primitiveType`) and the
-operators of the file that were fused into it (`originalLayersNames`). MACs are those of the file's Convolution, GroupConvolution, MatMul
-and LSTMSequence, from their shapes:
+operators of the file that were fused into it (`originalLayersNames`). MACs are those of the file's Convolution, GroupConvolution, MatMul,
+LSTMSequence and ScaledDotProductAttention, from their shapes:
 
-    |out| · C_in/group · Π kernel          |out| · K          T · N · D · 4·H·(I + H)
+    |out| · C_in/group · Π kernel          |out| · K          T · N · D · 4·H·(I + H)          |scores| · (E + E_v)
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from deploycc.runtime.sessions.openvino import settings
 
 CONVERSIONS = frozenset({"Reorder", "Convert", "FakeQuantize"})
 NOT_COMPUTED = frozenset({"Input", "Output", "Const", "Parameter", "Result", "Reshape"})  # a Reshape copies nothing
-MULTIPLY = ("Convolution", "GroupConvolution", "MatMul", "FullyConnected", "LSTM", "RNN", "MHA", "ScaledDotProduct")  # layer types
+# Layer types that may multiply; a Subgraph is what the plug-in compiled by itself, attention among others.
+MULTIPLY = ("Convolution", "GroupConvolution", "MatMul", "FullyConnected", "LSTM", "RNN", "MHA", "ScaledDotProduct", "Subgraph")
 Precision = Literal["int8", "bf16", "f16", "float", "conversion"]
 PRECISIONS: Mapping[str, Precision] = {"u8": "int8", "i8": "int8", "bf16": "bf16", "f16": "f16"}
 
@@ -41,32 +42,53 @@ def compiled(path: Path, precision: str, threads: int = 1, *, timed: bool = Fals
 def kernels(path: Path, precision: str) -> list[Kernel]:
     """Every operator that the plug-in computes, in its order."""
     model, ready = compiled(path, precision)
-    return _kernels(ready, macs_by_name(model))
-
-
-def _owner(name: str, macs: Mapping[str, int | None]) -> str | None:
-    """The operator of the file that a fused name is of: the plug-in calls what it makes of `fc` `fc/DequantizationMultiply`."""
-    while name not in macs and "/" in name:
-        name = name.rpartition("/")[0]
-    return name if name in macs else None
+    return _kernels(ready, _Work(model))
 
 
 def coverage(path: Path, precision: str, quant: QuantInfo | None) -> Coverage:
     """Share of the MACs that are computed in int8."""
     model, ready = compiled(path, precision)
-    macs = macs_by_name(model)
-    found = _kernels(ready, macs)
+    work = _Work(model)
+    found = _kernels(ready, work)
     heavy = [kernel for kernel in found if kernel.macs is not None]
     integer = [kernel for kernel in heavy if kernel.precision == "int8"]
-    total, whole = (sum(kernel.macs or 0 for kernel in group) for group in (heavy, integer))
-    share = None if None in macs.values() else whole / total if total else 0.0
+    # The total is the file's: what a kernel does not own up to is not taken for integers.
+    whole, total = sum(kernel.macs or 0 for kernel in integer), sum(macs or 0 for macs in work.macs.values())
+    share = None if None in work.macs.values() else whole / total if total else 0.0
     reasons = dict(quant.left_float) if quant else {}
     left = [(f"{kernel.name} ({kernel.operator})", _reason(kernel, reasons)) for kernel in heavy if kernel.precision != "int8"]
     conversions = sum(kernel.precision == "conversion" for kernel in found)
     return Coverage(share, len(integer), tuple(left) if quant else (("every operator", f"computed in {precision}"),), conversions)
 
 
-def _kernels(ready: Any, macs: Mapping[str, int | None]) -> list[Kernel]:
+class _Work:
+    """What the operators of a file multiply, by the names that the plug-in may give them.
+
+    Attributes:
+        macs: of the operators that multiply, by their own names; None where a shape is not known.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.macs = macs_by_name(model)
+        self._biased: dict[str, str] = {}  # of the Add behind a product, whose name the plug-in takes for both
+        for op in model.get_ops():
+            readers = [port.get_node() for port in op.output(0).get_target_inputs()] if op.get_friendly_name() in self.macs else []
+            if len(readers) == 1 and readers[0].get_type_name() == "Add":
+                self._biased[readers[0].get_friendly_name()] = op.get_friendly_name()
+
+    def take(self, names: Sequence[str], *, exact: bool) -> list[int | None]:
+        """MACs of the operators that were fused into one; `exact`: only those of these very names."""
+        owners = dict.fromkeys(name if exact else self._owner(name) for name in names)
+        return [self.macs[owner] for owner in owners if owner is not None and owner in self.macs]
+
+    def _owner(self, name: str) -> str | None:
+        """The operator that a name is of: the plug-in calls what it makes of `fc` `fc/DequantizationMultiply`."""
+        while name not in self.macs and name not in self._biased and "/" in name:
+            name = name.rpartition("/")[0]
+        return self._biased.get(name, name)
+
+
+def _kernels(ready: Any, work: _Work) -> list[Kernel]:
     found: list[Kernel] = []
     for op in ready.get_runtime_model().get_ordered_ops():
         facts = _facts(op)
@@ -74,7 +96,7 @@ def _kernels(ready: Any, macs: Mapping[str, int | None]) -> list[Kernel]:
         if kind in NOT_COMPUTED:
             continue
         names = facts.get("originalLayersNames", "").split(",") if kind.startswith(MULTIPLY) else []
-        heavy = [macs[owner] for owner in dict.fromkeys(_owner(name, macs) for name in names) if owner is not None]
+        heavy = work.take(names, exact=kind == "Subgraph")
         total = None if not heavy or None in heavy else sum(item or 0 for item in heavy)
         name, primitive = op.get_friendly_name(), facts.get("primitiveType", "")
         found.append(Kernel(name, f"{kind} ({primitive})" if primitive else kind, _precision(kind, facts, bool(heavy)), total))
@@ -126,7 +148,18 @@ def _recurrent(op: Any, x: tuple[int, ...], *others: tuple[int, ...]) -> int:
     return x[0] * x[1] * directions * gates * (x[2] + hidden)
 
 
-_KINDS = {"Convolution": _convolution, "GroupConvolution": _grouped, "MatMul": _product, "LSTMSequence": _recurrent}
+def _attention(op: Any, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *others: tuple[int, ...]) -> int:
+    """Queries are …×L×E, keys …×S×E, values …×S×E_v."""
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+_KINDS = {
+    "Convolution": _convolution,
+    "GroupConvolution": _grouped,
+    "LSTMSequence": _recurrent,
+    "MatMul": _product,
+    "ScaledDotProductAttention": _attention,
+}
 
 
 def _facts(op: Any) -> dict[str, str]:

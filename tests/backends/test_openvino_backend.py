@@ -108,6 +108,40 @@ def test_macs_of_every_kind_of_operator(tmp_path):
     assert sorted(macs for macs in found.values() if macs) == sorted([4 * 9 * 2 * 9, 2 * 7 * 10, 3 * 4 * 8 * (6 + 8)])
 
 
+def attention():
+    """q·kᵀ, softmax, ·v between a product with a bias before and one behind: named so that the plug-in renames them."""
+    import openvino as ov
+
+    ops = ov.opset13
+    x = ops.parameter([1, 8, 16], np.float32, name="x")
+    first = ops.matmul(x, ops.constant(np.ones((16, 24), np.float32)), False, False, name="first/MatMul")
+    biased = ops.add(first, ops.constant(np.ones((1, 1, 24), np.float32)), name="first/Add")
+    query, value = (ops.unsqueeze(biased, ops.constant(np.int64(1))) for _ in range(2))
+    scores = ops.scaled_dot_product_attention(query, query, value, name="attention")
+    last = ops.matmul(scores, ops.constant(np.ones((24, 4), np.float32)), False, False, name="last")
+    return ov.Model([ops.result(last)], [x], "m")
+
+
+def test_the_macs_of_the_kernels_are_those_of_the_file(tmp_path):
+    """The plug-in calls a product after the Add of its bias, and compiles attention into a kernel of its own."""
+    import openvino as ov
+
+    path = tmp_path / "model.xml"
+    ov.save_model(attention(), str(path), compress_to_fp16=False)
+    model, _ = openvino_graph.compiled(path, "f32")
+    wanted = {"first/MatMul": 8 * 24 * 16, "attention": 8 * 8 * (24 + 24), "last": 8 * 4 * 24}
+    assert openvino_graph.macs_by_name(model) == wanted
+    assert sum(kernel.macs or 0 for kernel in openvino_graph.kernels(path, "f32")) == sum(wanted.values())
+
+
+def test_what_no_kernel_owns_up_to_is_not_taken_for_integers(tmp_path, monkeypatch):
+    built = backend.OpenVino().build(quantized(), INT8, tmp_path)
+    monkeypatch.setattr(openvino_graph, "macs_by_name", lambda model: {"conv1/WithoutBiases": 100, "somewhere": 300})
+    assert built.coverage.int8_macs is not None
+    found = openvino_graph.coverage(tmp_path / "model.xml", "f32", quantized().quant)
+    assert found.int8_macs == 0.25
+
+
 def test_macs_behind_a_named_axis_are_not_known(tmp_path):
     artifact = onnx_artifact(graph("(float[n,4] x) => (float[n,3] y) { y = MatMul (x, w) }", w=np.ones((4, 3), np.float32)))
     built = backend.OpenVino().build(artifact, INT8, tmp_path)
