@@ -182,6 +182,7 @@ def test_the_command_line_and_python_name_several(net, tmp_path, monkeypatch):
 
     import deploycc
 
+    monkeypatch.setenv("DEPLOYCC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(contest, "obstacle", lambda target: None)
     known = {"a": quick("a"), "b": quick("b")}
     monkeypatch.setattr(targets, "names", lambda: tuple(known))

@@ -47,3 +47,30 @@ def test_an_unknown_option_is_refused():
     with pytest.raises(UsageError, match="no option 'calibrate'") as caught:
         deploycc.plan(net(), calibrate=3)
     assert "calibration" in caught.value.fix
+
+
+MOVED = """
+import torch
+
+def make():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+    model.example_input = torch.zeros(1, 3, 8, 8)
+    return model
+"""
+
+
+def test_a_model_that_has_moved_finds_what_was_stored_of_it(tmp_path):
+    """The store knows it by its content; it must not look for it where it was."""
+    target = deploycc.load_target("onnxruntime-portable")
+    quick = target.model_copy(update={"bench": target.bench.model_copy(update={"min_seconds": 0.1})})
+    passes = "fold-batchnorm, export-onnx"
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "net.py").write_text(MOVED)
+        compiled = deploycc.compile(
+            f"{tmp_path / place / 'net.py'}:make", target=quick, passes=passes, output=tmp_path / "b", cache=tmp_path / "cache"
+        )
+        assert compiled.bundle.manifest.source.startswith(str(tmp_path / place))
+        (tmp_path / place / "net.py").unlink()
+    assert compiled.shipped.artifact.history[-1].cached

@@ -225,7 +225,7 @@ def _run_step(step: Step, artifact: Artifact, context: Context, observers: Seque
         notes, details, after = after.notes, after.details, replace(after, notes=(), details={})
     form: FormOps = FORMS.get(after.form.value)
     if store and changed and not cached and form.storable(after):
-        store.put(key, _facts(after, notes, details), lambda folder: form.save(after, folder))
+        store.put(key, _facts(artifact, after, notes, details), lambda folder: form.save(after, folder))
     if changed and after.form is Form.MODULE and after.edits is not None:
         after = replace(after, checkpoint=_checkpoint(after, context))
     receipt = Receipt(
@@ -285,9 +285,10 @@ def _checkpoint(after: Artifact, context: Context) -> Path:
     return folder
 
 
-def _facts(after: Artifact, notes: tuple[str, ...], details: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(before: Artifact, after: Artifact, notes: tuple[str, ...], details: Mapping[str, Any]) -> dict[str, Any]:
+    """What the store keeps beside the model. A source that the pass left alone is not kept: the same model may lie elsewhere next time."""
     return {
-        "source": after.source,
+        "source": after.source if after.source != before.source else None,
         "edits": list(after.edits) if after.edits is not None else None,
         "sparse": list(after.sparse),
         "details": dict(details),
@@ -305,13 +306,14 @@ def _from_store(store: Store, key: str, before: Artifact, context: Context) -> A
     if found is None:
         return None
     facts, folder = found
-    base = before if facts["source"] == before.source else context.model(facts["source"])
+    source = facts["source"] or before.source
+    base = before if source == before.source else context.model(source)
     quant: dict[str, Any] | None = facts["quant"]
     if quant:
         quant = {**quant, "left_float": tuple((str(a), str(b)) for a, b in quant["left_float"])}
     return before.evolve(
         FORMS.get(facts["form"]).load(Path(folder), base),
-        source=facts["source"],
+        source=source,
         edits=tuple(facts["edits"]) if facts["edits"] is not None else None,
         sparse=tuple(facts["sparse"]),
         details=facts["details"],

@@ -1,0 +1,190 @@
+"""`deploycc compile --target x86` against everything else that runs the same network on this CPU: one interleaved run for each model.
+
+    uv run --extra openvino python benchmarks/x86.py FOLDER --peers-python PEERS/bin/python [--only lite0 resnet50 …]
+
+Ours is the bundle that `--target x86` keeps, its gates open, so that networks with random weights run too. Beside it: eager PyTorch,
+torch.compile, torch FX int8 (onednn), ONNX Runtime in float and with its own quantizer at its best, OpenVINO in float32 and bfloat16, and
+NNCF's int8 on OpenVINO. Every row answers the same samples; agreement and SQNR are those with the float graph in ONNX Runtime. FOLDER and
+the other options are those of quantizers.py, whose peers these are.
+
+The bar: at most 1.03 × the time of the fastest peer, at an agreement not below that peer's. Exit status 1 when it is not met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from _quantizers_cases import Case, open_target, options_of, prepare
+from _quantizers_made import OURS, PEER, Made, answers, judge
+from _quantizers_ours import float_row
+from _quantizers_peers import TorchSession, run_peer
+from _shared import about, real_photos, results_folder, say, slug, table, write
+from quantizers import IMAGES, MODELS, NNCF, STATIC_PEERS, Peer, _ready
+
+from deploycc import contest
+from deploycc.bench.environment import capture
+from deploycc.bench.harness import Candidate, measure
+from deploycc.bench.result import BenchResult
+from deploycc.core.target import Bench
+from deploycc.demo import Photos
+from deploycc.errors import DeployError
+from deploycc.runtime import bundle as bundles
+from deploycc.runtime import sessions
+
+NAME = "x86"
+MORE = 1.03  # times the fastest peer's time
+FAMILY = "x86"
+INT8_ON_OPENVINO = Peer("NNCF int8 on OpenVINO", "nncf-openvino", NNCF["NNCF default"])
+TORCH_FX = Peer("torch FX int8, onednn", "torch-fx", {"engine": "onednn"})
+
+
+def ours(case: Case, photos: Photos, folder: Path) -> tuple[Made, list[str]]:
+    """The bundle of `--target x86`, and what it was chosen from, in words."""
+    found = contest.field(FAMILY)
+    assert found is not None  # there is no target of that name
+    names, left_out = found
+    options = options_of(case.given, photos, open_target(names[0]), folder / "bundle")
+    result = contest.run(case.given.text, options, [open_target(name) for name in names], left_out, say=say)
+    loaded = bundles.load(result.bundle.folder)
+    told = [f"{item.plan.target.name} {result.bench.get(item.plan.target.name).p50_ms:.2f} ms" for item in result.compiled]
+    size = sum((loaded.folder / name).stat().st_size for name in result.best.shipped.built.files)
+    name = f"--target {FAMILY} ({result.best.plan.target.name})"
+    return Made(name, OURS, "", lambda: bundles.open_session(loaded, 1), size), [*told, *(f"{who}: {why}" for who, why in result.refused)]
+
+
+def peers(case: Case, folder: Path, python: Path | None, threads: int) -> list[Made]:
+    """Every other way, or why there is none."""
+    import torch
+
+    model, signature = case.reference.model, case.graph.signature
+    openvino, made = sessions.find("openvino"), [float_row(case)]
+    compiled = torch.compile(model, options={"freezing": True})
+    made += [
+        Made("PyTorch eager", PEER, open=lambda: TorchSession(model, signature)),
+        Made("torch.compile, frozen", PEER, open=lambda: TorchSession(compiled, signature)),
+        run_peer(case, TORCH_FX, folder, python),
+        run_peer(case, STATIC_PEERS[0], folder, python),
+    ]
+    for precision in ("f32", "bf16"):
+        opened = partial(openvino.open, case.onnx, signature, {"precision": precision}, threads)
+        made.append(Made(f"OpenVINO {precision}", PEER, open=opened, runtime="OpenVINO"))
+    int8 = run_peer(case, INT8_ON_OPENVINO, folder, python)
+    path = folder / f"{slug(INT8_ON_OPENVINO.name)}.xml"
+    if not int8.problem:
+        int8 = Made(int8.name, PEER, open=partial(openvino.open, path, signature, {"precision": "f32"}, threads), bytes=int8.bytes)
+    return [*made, int8]
+
+
+def compare(case: Case, rows: Sequence[Made], settings: Bench) -> tuple[list[dict[str, Any]], BenchResult]:
+    """Judged one by one, then timed in turns; a row that cannot be opened here says so."""
+    found: dict[str, dict[str, Any]] = {}
+    want: Any = None
+    for row in rows:
+        facts: dict[str, Any] = {"name": row.name, "side": row.side, "problem": row.problem, "bytes": row.bytes}
+        found[row.name] = facts
+        if row.open is None:
+            continue
+        say(f"{case.given.name}: judging {row.name}")
+        try:
+            with row.open() as session:
+                got = answers(session, case.judging)
+        except Exception as error:
+            if row.side == OURS:
+                raise
+            facts["problem"] = f"it does not run: {str(error).splitlines()[0][:120]}"
+            continue
+        want = got if want is None else want  # the first row is the float graph
+        quality = judge(want, got, case.labels, vectors=case.given.kind != IMAGES)
+        facts |= {"agreement": quality.agreement, "sqnr_db": quality.sqnr_db, "cosine": quality.cosine}
+    candidates = [Candidate(row.name, row.open, case.probes) for row in rows if row.open and not found[row.name]["problem"]]
+    say(f"{case.given.name}: one interleaved run over {len(candidates)} rows")
+    own = next(row.name for row in rows if row.side == OURS)
+    bench = measure(candidates, settings=settings, baseline=own)
+    for candidate in candidates:
+        ratio = bench.ratio(own, candidate.name)
+        timed = bench.get(candidate.name)
+        # Speed-up of ours over the row: over 1 where ours is faster.
+        found[candidate.name] |= {"p50_ms": timed.p50_ms, "speedup_of_ours": [ratio.value, ratio.low, ratio.high]}
+    return list(found.values()), bench
+
+
+def bar(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Ours against the fastest peer."""
+    own = next(row for row in rows if row["side"] == OURS)
+    fastest = min((row for row in rows if row["side"] != OURS and "p50_ms" in row), key=lambda row: row["p50_ms"])
+    times = 1 / fastest["speedup_of_ours"][0]
+    agrees = own["agreement"] is None or own["agreement"] >= fastest["agreement"]
+    told = f"{times:.2f} × the time of {fastest['name']}"
+    if own["agreement"] is not None:
+        told += f", agreement {own['agreement']:.1%} against {fastest['agreement']:.1%}"
+    return {"text": told, "met": times <= MORE and agrees}
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The page."""
+    lines = [f"# {(__doc__ or '').splitlines()[0]}", "", "Written by `python benchmarks/x86.py`.", ""]
+    for model, found in document["models"].items():
+        lines += [f"## {model}", ""]
+        if "skipped" in found:
+            lines += [f"Skipped: {found['skipped']}", ""]
+            continue
+        note = "trained weights" if found["real"] else "random weights: agreement means little"
+        lines += [found["about"], "", f"{note}. Chosen from: {'; '.join(found['field'])}.", ""]
+        lines += [f"{'PASS' if found['bar']['met'] else 'FAIL'}: {found['bar']['text']}", "", _table(found["rows"]), ""]
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    cells: list[list[str]] = []
+    for row in sorted(rows, key=lambda row: row.get("p50_ms", float("inf"))):
+        name = f"**{row['name']}**" if row["side"] == OURS else row["name"]
+        if "p50_ms" not in row:
+            cells.append([name, row["problem"], "–", "–", "–"])
+            continue
+        value, low, high = row["speedup_of_ours"]
+        agreement = "–" if row["agreement"] is None else f"{row['agreement']:.1%}"
+        cells.append([name, f"{row['p50_ms']:.2f}", f"{value:.2f} [{low:.2f}, {high:.2f}]", agreement, f"{row['sqnr_db']:.1f}"])
+    return table(("", "p50 ms", "ours is faster by", "agreement", "SQNR dB"), cells)
+
+
+def main() -> int:
+    """Every model that is asked for, written when it is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these models alone")
+    parser.add_argument("--peers-python", type=Path, metavar="PATH", help="the Python that has NNCF")
+    parser.add_argument("--weights", type=Path, metavar="FOLDER", help="as in quantizers.py")
+    parser.add_argument("--assets", type=Path, metavar="FOLDER", help="as in quantizers.py")
+    options = parser.parse_args()
+    if options.weights:
+        sys.path.append(str(options.weights))
+    photos, folder, met = real_photos(), results_folder(), True
+    path = folder / f"{NAME}.json"
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"models": {}}
+    for given in MODELS:
+        if options.only and given.name not in options.only:
+            continue
+        try:
+            case = prepare(_ready(given, options), photos, options.folder / given.name, 500)
+            best, field = ours(case, photos, options.folder / given.name)
+            rows = [*peers(case, options.folder / given.name / "peers", options.peers_python, 1), best]
+            judged, bench = compare(case, rows, Bench(threads=1, min_seconds=2.0, min_runs=40))
+            bench.save(folder / f"{NAME}.{given.name}.bench.json")
+            found = {"real": given.real, "field": field, "rows": judged, "bar": bar(judged), "about": about(capture(1))}
+            met &= found["bar"]["met"]
+            print(f"{'PASS' if found['bar']['met'] else 'FAIL'}  {given.name}: {found['bar']['text']}")
+        except DeployError as error:
+            found = {"skipped": f"{error.what}; {error.fix}"}
+        document["models"] = {**document["models"], given.name: found}
+        write(folder, NAME, document, markdown(document))
+    return int(not met)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
