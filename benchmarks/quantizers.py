@@ -42,7 +42,7 @@ from typing import Any
 import _quantizers_fashion as fashion
 import _quantizers_files as files
 from _quantizers_cases import ARRAYS, IMAGES, TARGET, Case, Given, prepare
-from _quantizers_made import OURS, Made, Outputs, answers, judge
+from _quantizers_made import OURS, PEER, Made, Outputs, answers, judge
 from _quantizers_ours import Row, compiled, float_row, quantize
 from _quantizers_page import bars, markdown, plain, row_of
 from _quantizers_peers import BASELINE, THREADS, Peer, brief, run_peer, versions_of
@@ -166,7 +166,9 @@ def line_up(case: Case, options: argparse.Namespace, photos: Photos, work: Path)
         say(f"{given.name}: {row.passes}")
         made.append(quantize(case, row, work))
     python = options.peers_python
-    made += [run_peer(case, peer, options.folder / given.name / "peers", python) for peer in PEERS[given.kind]]
+    peers = [peer for peer in PEERS[given.kind] if peer.name not in options.without]
+    made += [run_peer(case, peer, options.folder / given.name / "peers", python) for peer in peers]
+    made += [Made(name, PEER, problem="left out with --without") for name in options.without]
     return made
 
 
@@ -265,6 +267,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     for name, what in (("model", "an ONNX file"), ("calibration", ".npz that calibrates it"), ("inputs", ".npz that judges it")):
         parser.add_argument(f"--{name}", nargs="+", type=_pair, default=[], metavar="NAME=FILE", help=what)
     parser.add_argument("--judge", type=int, default=500, help="most samples of --inputs that judge")
+    parser.add_argument("--without", nargs="+", default=[], metavar="PEER", help="leave peers out: one that is slow slows all")
     parser.add_argument("--target", default=TARGET, metavar="NAME", help="an ONNX Runtime target of this machine's CPU")
     parser.add_argument("--slow", action="store_true", help="rows that take minutes too")
     parser.add_argument("--quick", action="store_true", help="few runs, to try the script; the figures are rough")
@@ -277,6 +280,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         for name, path in options.model
     ]
     options.models = [given for given in (*MODELS, *own) if not options.only or given.name in options.only]
+    if unknown := set(options.without) - {peer.name for peers in PEERS.values() for peer in peers}:
+        parser.error(f"no such peer: {', '.join(sorted(unknown))}")
     if unknown := set(options.only or ()) - {given.name for given in options.models}:
         parser.error(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(given.name for given in (*MODELS, *own))}")
     return options

@@ -260,6 +260,7 @@ def test_repeated_photos_are_read_when_asked_for_and_are_not_the_same(script):
     [
         [],
         ["there", "--only", "lite7"],
+        ["there", "--without", "nobody"],
         ["there", "--ours", "no-equals-sign"],
         ["there", "--model", "mine=a.onnx"],
         ["there", "--model", "mine=a.onnx", "--calibration", "mine=none.npz", "--inputs", "mine=none.npz"],
