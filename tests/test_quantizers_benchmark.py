@@ -322,3 +322,37 @@ def test_a_peer_that_the_runtime_fails_on_is_a_row_that_says_so(script, tmp_path
     assert fails[1].problem == "the runtime fails on it: zero point at c.cc"
     with pytest.raises(RuntimeError):
         quantizers.compare(case, [fails[0], replace(fails[1], side=made.OURS, open=lambda: Answering("x"), problem="")], None, tmp_path)
+
+
+# --- x86.py
+
+
+def beside(name, side, p50, speedup, agreement, **more):
+    row = {"name": name, "side": side, "p50_ms": p50, "speedup_of_ours": [speedup, speedup - 0.01, speedup + 0.01], "problem": ""}
+    return {**row, "agreement": agreement, "sqnr_db": 25.0, **more}
+
+
+@pytest.mark.parametrize(
+    ("ours", "peers", "met"),
+    [
+        ((2.00, 0.99), [(2.5, 1.25, 0.95)], True),
+        ((2.06, 0.99), [(2.0, 1 / 1.029, 0.95)], True),
+        ((2.10, 0.99), [(2.0, 1 / 1.05, 0.95)], False),  # slower than is allowed
+        ((2.00, 0.94), [(2.5, 1.25, 0.95)], False),  # faster, but less like the float graph
+        ((2.00, 0.94), [(2.5, 1.25, 0.90), (9.0, 4.5, 1.0)], True),  # only the fastest peer counts
+        ((2.00, None), [(2.5, 1.25, None)], True),
+    ],
+)
+def test_the_bar_of_the_family(script, ours, peers, met):
+    page = script("x86")
+    rows = [beside("ours", "ours", ours[0], 1.0, ours[1])]
+    rows += [beside(f"peer {index}", "peer", *facts) for index, facts in enumerate(peers)]
+    rows.append({"name": "broken", "side": "peer", "problem": "it does not run: oh", "bytes": 0})
+    found = page.bar(rows)
+    assert found["met"] is met
+    assert "peer 0" in found["text"]
+    models = {"net": {"real": True, "field": ["a 1.00 ms"], "rows": rows, "bar": found, "about": "here"}, "gone": {"skipped": "why"}}
+    text = page.markdown({"models": models})
+    assert ("PASS" if met else "FAIL") in text
+    assert "| broken | it does not run: oh |" in text
+    assert "Skipped: why" in text
