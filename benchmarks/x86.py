@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -149,8 +150,13 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             continue
         value, low, high = row["speedup_of_ours"]
         agreement = "–" if row["agreement"] is None else f"{row['agreement']:.1%}"
-        cells.append([name, f"{row['p50_ms']:.2f}", f"{value:.2f} [{low:.2f}, {high:.2f}]", agreement, f"{row['sqnr_db']:.1f}"])
+        cells.append([name, f"{row['p50_ms']:.2f}", f"{value:.2f} [{low:.2f}, {high:.2f}]", agreement, _decibel(row["sqnr_db"])])
     return table(("", "p50 ms", "ours is faster by", "agreement", "SQNR dB"), cells)
+
+
+def _decibel(value: float | str) -> str:
+    """JSON has no infinity: what was read from a file says it in words."""
+    return value if isinstance(value, str) else "exact" if math.isinf(value) else f"{value:.1f}"
 
 
 def main() -> int:

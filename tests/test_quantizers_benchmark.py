@@ -226,6 +226,7 @@ def test_the_page_shows_every_row_and_why_one_is_missing(script):
         in text
     )
     assert "| elsewhere | OpenVINO | 97.6% | 25.0 | 1 / 2 | 82.4% | 4.50 | 0.900 [0.890, 0.910] | 0.00 | – |" in text
+    assert "| inf |" in text
     assert "| broken | ONNX Runtime | failed: it is | – |" in text
 
 
@@ -351,8 +352,10 @@ def test_the_bar_of_the_family(script, ours, peers, met):
     found = page.bar(rows)
     assert found["met"] is met
     assert "peer 0" in found["text"]
+    rows[1]["sqnr_db"] = "inf"  # as read from a file
     models = {"net": {"real": True, "field": ["a 1.00 ms"], "rows": rows, "bar": found, "about": "here"}, "gone": {"skipped": "why"}}
     text = page.markdown({"models": models})
     assert ("PASS" if met else "FAIL") in text
+    assert "| inf |" in text
     assert "| broken | it does not run: oh |" in text
     assert "Skipped: why" in text
