@@ -75,7 +75,8 @@ def field(text: str) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]] | No
     """(targets to compile for, (target, reason) for those left out) of "x86" or "a,b,c"; None where `text` names one target.
 
     Raises:
-        UsageError: a target of a list cannot be timed here, or none of a family can.
+        UsageError: a target of a list cannot be timed here.
+        TargetError: none of a family can.
         UnknownName: there is no such target.
     """
     names = targets.several(text)
@@ -132,7 +133,7 @@ def run(
             told = "; ".join(f"{name}: {reason}" for name, reason in refused)
             raise TargetError(f"no target could be compiled: {told}", fix="name one of them to see how to mend it")
         say(f"timing {', '.join(result.plan.target.name for result in compiled)} in turns …")
-        bench = _race(compiled, race or compiled[0].plan.target.bench, progress)
+        bench = _race(compiled, race or compiled[0].plan.target.bench, options.seed, progress)
         best = choose(compiled, bench)
         bundle = place(best.bundle.folder, options.output, zipped=options.zip)
     if interrupted is not None:
@@ -149,18 +150,18 @@ def _own(options: Options, target: str | Target, output: Path, spent: float) -> 
     return replace(options, target=target, output=output, zip=False, dump=dump, budget_s=budget)
 
 
-def _race(compiled: Sequence[driver.Compiled], settings: Bench, progress: Progress) -> BenchResult:
+def _race(compiled: Sequence[driver.Compiled], settings: Bench, seed: int, progress: Progress) -> BenchResult:
     """Everything that shipped, and eager PyTorch, in one interleaved run on the same samples."""
     reference = compiled[0].reference
     candidates: list[Candidate] = []
     if reference.form is not Form.ONNX:
-        form, feeds = FORMS.get(reference.form.value), driver.real_feeds(compiled[0].plan.data, reference, 0)
+        form, feeds = FORMS.get(reference.form.value), driver.real_feeds(compiled[0].plan.data, reference, seed)
         candidates.append(Candidate(EAGER, lambda: form.open(reference, threads=settings.threads), feeds))
     for result in compiled:
         loaded = bundles.load(result.bundle.folder)
-        own = driver.real_feeds(result.plan.data, result.shipped.artifact, 0)
+        own = driver.real_feeds(result.plan.data, result.shipped.artifact, seed)
         candidates.append(Candidate(result.plan.target.name, lambda loaded=loaded: bundles.open_session(loaded, settings.threads), own))
-    return measure(candidates, settings=settings, baseline=candidates[0].name, progress=progress)
+    return measure(candidates, settings=settings, baseline=candidates[0].name, seed=seed, progress=progress)
 
 
 def choose(compiled: Sequence[driver.Compiled], bench: BenchResult) -> driver.Compiled:

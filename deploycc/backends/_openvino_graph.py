@@ -79,9 +79,9 @@ class _Work:
     def take(self, names: Sequence[str], *, exact: bool) -> list[int | None]:
         """MACs of the operators that were fused into one; `exact`: only those of these very names."""
         owners = dict.fromkeys(name if exact else self._owner(name) for name in names)
-        return [self.macs[owner] for owner in owners if owner is not None and owner in self.macs]
+        return [self.macs[owner] for owner in owners if owner in self.macs]
 
-    def _owner(self, name: str) -> str | None:
+    def _owner(self, name: str) -> str:
         """The operator that a name is of: the plug-in calls what it makes of `fc` `fc/DequantizationMultiply`."""
         while name not in self.macs and name not in self._biased and "/" in name:
             name = name.rpartition("/")[0]

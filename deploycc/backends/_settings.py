@@ -1,10 +1,19 @@
-"""A constraint that several runtimes share."""
+"""Constraints that several runtimes share."""
 
 from __future__ import annotations
 
 from deploycc.core.artifact import Artifact
 from deploycc.core.contract import Violation
 from deploycc.core.target import Target
+
+
+def eight_bits(artifact: Artifact, target: Target) -> list[Violation]:
+    """This runtime's CPU kernels multiply 8-bit integers only.
+
+    Set quant.activations to uint8 or int8 in the target.
+    """
+    kind = target.quant.activations
+    return [Violation(f"target {target.name}", f"quant.activations = {kind}")] if kind == "int16" else []
 
 
 def float32_only(artifact: Artifact, target: Target) -> list[Violation]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deploycc.backends._onnxruntime_graph import coverage, kernels
-from deploycc.backends._settings import float32_only
+from deploycc.backends._settings import eight_bits, float32_only
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import Availability, Built, Constraint, Session, Violation
 from deploycc.core.kernels import Kernel
@@ -42,7 +42,7 @@ class OnnxRuntime:
 
     def constraints(self) -> Sequence[Constraint]:
         """Versions, activation types, and operators with a kernel."""
-        return (integer_types, float32_only, opset_known, kernels_exist)
+        return (eight_bits, float32_only, opset_known, kernels_exist)
 
     def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
         """Write model.onnx (and model.onnx.data over 2 GB) and read the precision from the runtime's own optimized graph."""
@@ -118,16 +118,6 @@ def _node_times(events: Sequence[Mapping[str, Any]]) -> list[NodeTime]:
         if event.get("cat") == "Node" and event["name"].endswith(KERNEL):
             found.setdefault((event["name"].removesuffix(KERNEL), event["args"]["op_name"]), []).append(event["dur"] / 1e3)
     return [NodeTime(name, operator, float(np.percentile(times, 25))) for (name, operator), times in found.items()]
-
-
-def integer_types(artifact: Artifact, target: Target) -> list[Violation]:
-    """ONNX Runtime's CPU kernels multiply 8-bit integers only.
-
-    Set quant.activations to uint8 or int8 in the target.
-    """
-    if target.quant.activations == "int16":
-        return [Violation(f"target {target.name}", "quant.activations = int16")]
-    return []
 
 
 def opset_known(artifact: Artifact, target: Target) -> list[Violation]:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deploycc.backends import _openvino_graph as graph
+from deploycc.backends._settings import eight_bits
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Availability, Built, Constraint, Session, Violation
 from deploycc.core.kernels import Kernel
@@ -47,7 +48,7 @@ class OpenVino:
 
     def constraints(self) -> Sequence[Constraint]:
         """Activation types, precision, and operators with an implementation."""
-        return (integer_types, precision_in_hardware, reads_graph)
+        return (eight_bits, precision_in_hardware, reads_graph)
 
     def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
         """Write model.xml and model.bin, and read from the compiled model which precision computes what."""
@@ -108,16 +109,6 @@ def _count_names_anew(model: Any, kept: frozenset[str]) -> None:
         name = op.get_friendly_name()
         if name not in kept and NAMELESS.fullmatch(name):
             op.set_friendly_name(f"{op.get_type_name()}.{index}")
-
-
-def integer_types(artifact: Artifact, target: Target) -> list[Violation]:
-    """OpenVINO's CPU kernels multiply 8-bit integers only.
-
-    Set quant.activations to uint8 or int8 in the target.
-    """
-    if target.quant.activations == "int16":
-        return [Violation(f"target {target.name}", "quant.activations = int16")]
-    return []
 
 
 def precision_in_hardware(artifact: Artifact, target: Target) -> list[Violation]:

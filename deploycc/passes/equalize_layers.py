@@ -3,8 +3,8 @@
 Which tensors share their factors is in `_channel_groups`: not only neighbours, but a whole residual stream at once, through Add. How the
 factors are chosen is in `_equalize`: by the noise that is expected with this target's types, from ranges seen on calibration samples.
 
-Weights with one scale per channel need it less than the paper's, which have one in all: with them it cost a ResNet-50 4 dB and a
-MobileNetV2 2, and won an EfficientNet-Lite1 half of one. So no target has it in its pipeline; the quality ladder tries it.
+Weights with one scale per channel need it less than the paper's, which have one in all: with them it cost a ResNet-50 of random weights
+4 dB and a MobileNetV2 1.6, and won an EfficientNet-Lite1 half of one. So no target has it in its pipeline; the quality ladder tries it.
 """
 
 from __future__ import annotations

@@ -103,6 +103,15 @@ def test_a_model_of_another_signature_is_refused(tmp_path):
         session_module.open(path, other, RUNTIME, 1)
 
 
+def test_a_tensor_may_have_several_names(tmp_path):
+    path, signature = small(tmp_path / "m.xml")
+    text = path.read_text()
+    assert 'names="y"' in text
+    path.write_text(text.replace('names="y"', 'names="a,y,the_answer"'))
+    with session_module.open(path, signature, RUNTIME, 1) as session:
+        np.testing.assert_array_equal(session.run({"x": np.full((1, 4), 2, np.float32)})["y"], np.full((1, 4), 2, np.float32))
+
+
 def test_a_missing_openvino_says_what_to_install(tmp_path, monkeypatch):
     path, signature = small(tmp_path / "m.xml")
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)

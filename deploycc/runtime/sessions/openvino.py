@@ -52,12 +52,12 @@ def open(model: Path, signature: Signature, runtime: Mapping[str, str], threads:
             f"OpenVINO {version()} cannot load {model.name}: {_first(str(error))}",
             fix="check that the .xml and its .bin are whole; a file of a newer OpenVINO needs `pip install -U openvino`",
         ) from error
-    names = {kind: [_name(port) for port in ports] for kind, ports in (("inputs", loaded.inputs), ("outputs", loaded.outputs))}
-    for kind, specs in (("inputs", signature.inputs), ("outputs", signature.outputs)):
-        wanted = [spec.name for spec in specs]
-        if sorted(wanted) != sorted(names[kind]):
+    for kind, specs, ports in (("inputs", signature.inputs, loaded.inputs), ("outputs", signature.outputs, loaded.outputs)):
+        wanted, names = [spec.name for spec in specs], [port.get_names() for port in ports]  # a tensor may have several
+        if len(wanted) != len(names) or not all(any(name in known for known in names) for name in wanted):
+            found = ", ".join(" = ".join(sorted(known)) for known in names)
             raise BundleError(
-                f"{model.name} has the {kind} {', '.join(names[kind])}, but its signature says {', '.join(wanted)}",
+                f"{model.name} has the {kind} {found}, but its signature says {', '.join(wanted)}",
                 fix="build the bundle again: the model and the manifest do not belong together",
             )
     return OpenVinoSession(loaded, signature)
@@ -66,11 +66,6 @@ def open(model: Path, signature: Signature, runtime: Mapping[str, str], threads:
 def settings(precision: str, threads: int) -> dict[str, Any]:
     """Of the CPU plug-in, for one call at a time."""
     return {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
-
-
-def _name(port: Any) -> str:
-    """The tensor's; where a model gives an input away as an output it has several."""
-    return min(port.get_names(), key=len, default="")
 
 
 def _first(message: str) -> str:
