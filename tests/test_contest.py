@@ -87,7 +87,9 @@ def test_a_list_must_run_here_and_a_family_says_who_is_left_out(monkeypatch):
 def test_the_best_is_kept_and_the_others_are_told(net, tmp_path):
     data = str(tmp_path / "data.npz")
     bad = quick("bad", pipeline="fold-batchnorm, export-onnx, quantize-dynamic")  # on which nothing is to be had without data
-    found = contest.run(net, options(tmp_path, data=data, zip=True, seed=3), [quick("a"), quick("b"), replace_backend(bad)], [("c", "not here")])
+    found = contest.run(
+        net, options(tmp_path, data=data, zip=True, seed=3), [quick("a"), quick("b"), replace_backend(bad)], [("c", "not here")]
+    )
     assert [result.plan.target.name for result in found.compiled] == ["a", "b"]
     assert found.refused[0] == ("c", "not here")
     assert found.refused[1][0] == "bad"
