@@ -148,6 +148,20 @@ class OnnxModule(nn.Module):
                 for name in step.last_use:
                     del call[name]
 
+    def between(self, given: Mapping[str, torch.Tensor], wanted: str) -> torch.Tensor:
+        """One tensor, computed from `given` ones and constants alone."""
+        values: dict[str, Any] = {name: getattr(self, key) for name, key in self.constants.items()} | {"": None} | dict(given)
+        makers = {name: step for step in self.steps for name in step.outputs}
+
+        def value(name: str) -> Any:
+            if name not in values:
+                step = makers[name]
+                found = self._run(step, [value(item) for item in step.inputs], None, None)
+                values.update(zip(step.outputs, found if isinstance(found, tuple | list) else (found,), strict=False))
+            return values[name]
+
+        return value(wanted)
+
     def _run(self, step: Step, inputs: list[Any], size: int | None, device: Any) -> Any:
         if step.run is None:
             return self.replacements[_key(step.name)](*inputs)

@@ -81,7 +81,7 @@ def test_what_is_faster_in_float_is_put_back():
     assert after.quant.left_float == (("conv1 (Conv)", "measured: faster in float"),)
     assert after.details["islands"]["float_nodes"] == ["conv1", "relu1"]
     assert after.details["islands"]["predicted_ms"]["in integers"] == pytest.approx(4.5)
-    assert "0.58 of the time was measured; kept so" in after.notes[-1]
+    assert any("0.58 of the time was measured; kept so" in note for note in after.notes)
     assert error(artifact, after, ctx) < 0.1
     whole = QuantizeStatic()(artifact, context(artifact))
     assert len([node for node in after.model.graph if node.op_type == "QuantizeLinear"]) < len(
@@ -101,7 +101,7 @@ def test_what_is_not_worth_it_stays(profile, latency, said):
     artifact = residual()
     ctx, _ = watched(artifact, profile, latency)
     after = QuantizeStatic(islands="measured")(artifact, ctx)
-    assert after.notes[-1].endswith(said)
+    assert any(note.endswith(said) for note in after.notes)
     whole = QuantizeStatic()(artifact, context(artifact))
     assert [node.name for node in after.model.graph] == [node.name for node in whole.model.graph]
 

@@ -77,7 +77,7 @@ def test_every_code_is_one_of_the_two_neighbours_and_the_graph_keeps_its_nodes()
         else:
             np.testing.assert_array_equal(codes, old[f"{name}_quantized"])
     assert any(not np.array_equal(old[f"{name}_quantized"], new[f"{name}_quantized"]) for name in ("w1", "w2", "w3"))
-    assert "3 layers learned" in after.notes[-1]
+    assert any("3 layers learned" in note for note in after.notes)
 
 
 @pytest.mark.parametrize(("coarse", "share"), [(True, 0.8), (False, 0.95)])
@@ -110,7 +110,7 @@ def test_what_cannot_be_learned_is_named_and_nothing_at_all_is_refused():
     artifact = make([*line, product], [tensor("w", 4, 3, 3, 3), tensor("v", 8, 5)])
     after = LearnRounding(steps=5, rows=64)(artifact, context(artifact))
     assert list(after.details["learned"]) == ["product"]
-    assert after.notes[-1] == "rounded to nearest, not learned: line"
+    assert "rounded to nearest, not learned: line" in after.notes
     alone = make([helper.make_node("Conv", ["x", "w"], ["y"], "line", auto_pad="SAME_UPPER")], [tensor("w", 4, 3, 3, 3)])
     with pytest.raises(NothingToDo, match="learn-rounding learns convolutions over two axes and products, and test has none"):
         LearnRounding(steps=5, rows=64)(alone, context(alone))
