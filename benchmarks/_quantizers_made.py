@@ -15,7 +15,7 @@ from deploycc.core.contract import Session
 Outputs = Mapping[str, np.ndarray]
 FLOAT, OURS, PEER = "float", "ours", "peer"
 SHIPS = "deploycc compile"  # the row that is the compiler's own choice
-HELD_OUT = 5  # every so many-th sample judges the probe
+HELD_OUT = 5  # parts, each of which judges the probe of the others
 RIDGE = 1e-3
 LEAST_FOR_PROBE = 50
 
@@ -118,17 +118,20 @@ def _flips(want: np.ndarray, got: np.ndarray) -> dict[str, Any]:
 
 
 def probe(want: np.ndarray, got: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which samples a linear probe, fitted to the float vectors of four fifths, has right on the last fifth: (float, the other).
+    """Which samples a linear probe has right: (float, the other). Each fifth is judged by one fitted to the float vectors of the others.
 
     Ridge regression to one-hot classes: W = (XᵀX + λI)⁻¹ XᵀY with a column of ones in X and λ = RIDGE · trace / columns.
     """
-    test = np.arange(len(classes)) % HELD_OUT == HELD_OUT - 1
     sides = [np.concatenate([side, np.ones((len(side), 1))], axis=1).astype(np.float64) for side in (want, got)]
     names, coded = np.unique(classes, return_inverse=True)
-    x, y = sides[0][~test], np.eye(len(names))[coded[~test]]
-    square = x.T @ x
-    w = np.linalg.solve(square + RIDGE * np.trace(square) / len(square) * np.eye(len(square)), x.T @ y)
-    right = [(side[test] @ w).argmax(1) == coded[test] for side in sides]
+    right = [np.zeros(len(classes), bool) for _ in sides]
+    for fold in range(HELD_OUT):
+        test = np.arange(len(classes)) % HELD_OUT == fold
+        x, y = sides[0][~test], np.eye(len(names))[coded[~test]]
+        square = x.T @ x
+        w = np.linalg.solve(square + RIDGE * np.trace(square) / len(square) * np.eye(len(square)), x.T @ y)
+        for side, found in zip(sides, right, strict=True):
+            found[test] = (side[test] @ w).argmax(1) == coded[test]
     return right[0], right[1]
 
 

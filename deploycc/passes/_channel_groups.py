@@ -2,7 +2,8 @@
 
 A channel c of a tensor may be multiplied by any k_c > 0 where all that writes it can be multiplied by k_c, and all that reads it divided:
 
-    writers     Conv, Gemm, MatMul: rows of W and the bias; LayerNormalization: gain and shift; a constant that is added
+    writers     Conv, Gemm, MatMul: rows of W and the bias; LayerNormalization: gain and shift; a constant that is added; the constant of a
+                Mul that was put in to take factors (`scalers`)
     readers     Conv, Gemm, MatMul: columns of W
     carriers    f(k·x) = k·f(x): Relu, LeakyRelu, PRelu, pooling, a mean over places, Identity, zero Pad, N×C×1×1 → N×C,
                 x + y of one shape, x · gate, x · constant
@@ -79,15 +80,14 @@ class Group:
     writers: list[Writer] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
 
-    @property
-    def normalized(self) -> bool:
-        """Whether a LayerNormalization writes one of them."""
-        return any(writer.node.op_type == "LayerNormalization" for writer in self.writers)
+    def written_by(self, kind: str) -> bool:
+        """Whether an operator of this type writes one of them."""
+        return any(writer.node.op_type == kind for writer in self.writers)
 
 
-def groups(graph: ir.Graph) -> list[Group]:
-    """All groups with a writer and a reader. Shapes must be inferred, nodes and values named."""
-    finder = _Finder(graph)
+def groups(graph: ir.Graph, scalers: frozenset[str] = frozenset()) -> list[Group]:
+    """All groups with a writer and a reader. Shapes must be inferred, nodes and values named. `scalers`: Muls by a free constant."""
+    finder = _Finder(graph, scalers)
     for node in graph:
         finder.visit(node)
     return finder.found()
@@ -96,7 +96,8 @@ def groups(graph: ir.Graph) -> list[Group]:
 class _Finder:
     """Union-find over tensor names."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, scalers: frozenset[str]) -> None:
+        self._scalers = scalers
         self._rules: dict[str, Callable[[ir.Node, ir.Value, ir.Value], bool]] = {
             "Conv": self._conv,
             "Gemm": self._product,
@@ -200,6 +201,11 @@ class _Finder:
         other = node.inputs[1]
         if other is None or y.shape is None:
             return False
+        if node.name in self._scalers:
+            assert other.shape is not None  # it was put in
+            self._pin(x)
+            self._write(node, y, len(y.shape) - 1, other.shape.numpy()[0], Weight(other, 0))
+            return True
         gates = [value for value in (x, other) if is_constant(value) or (_maker(value) in SQUASHING) or _smaller(value, y)]
         if len(gates) != 1:
             return False

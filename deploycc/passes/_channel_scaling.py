@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from deploycc.passes._equalize import Channels
 
 SHOWN = 3  # groups in the notes
+WORTH = 0.7  # of the expected noise: a Mul that leaves more is not worth its time
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,38 @@ class ChannelScaling(Pass):
             raise PreconditionError("the model is quantized already", fix=f"put {self.name} before the pass that quantizes")
         context.data.part("calibration")  # raises DataNeeded before anything slow
 
-    def scaled(self, artifact: Artifact, context: Context, wanted: Callable[[Group], bool], what: str) -> Artifact:
-        """The model with factors in the groups that are `wanted`. Raises NothingToDo, calling them `what`, where none is better off."""
+    def scaled(
+        self,
+        artifact: Artifact,
+        context: Context,
+        wanted: Callable[[Group], bool],
+        what: str,
+        prepare: Callable[[ir.Graph], frozenset[str]],
+    ) -> Artifact:
+        """The model with factors in the groups that are `wanted`. Raises NothingToDo, calling them `what`, where none is better off.
+
+        `prepare` may put Muls into the graph for the factors to go into, and gives their names; those that win too little are taken out.
+        """
         from deploycc.forms._macs import infer_shapes
         from deploycc.passes._channel_groups import groups
         from deploycc.passes._tidy import complete_names
 
         model = infer_shapes(artifact.model)
         complete_names(model)
-        found = [group for group in groups(model.graph) if wanted(group)]
+        scalers = prepare(model.graph)
+        found = [group for group in groups(model.graph, scalers) if wanted(group)]
         if not found:
             raise NothingToDo(f"{self.name}: the model has no {what}", fix="leave it out")
         seen = _statistics(model, found, artifact, context)
-        told = [told for group in found if (told := self._scale(group, seen, context))]
+        told = [told for group in found if (told := self._scale(group, seen, scalers, context))]
+        for node in [node for node in model.graph if node.name in scalers and (_array(_constant(node)) == 1).all()]:
+            _bypass(node)
         if not told:
             raise NothingToDo(f"{self.name}: the channels of all {len(found)} groups are best as they are", fix="leave it out")
         notes = [f"{len(told)} of {len(found)} groups of tensors scaled channel by channel", *told[:SHOWN]]
         return artifact.evolve(model, notes=tuple(notes))
 
-    def _scale(self, group: Group, seen: dict[str, Channels], context: Context) -> str:
+    def _scale(self, group: Group, seen: dict[str, Channels], scalers: frozenset[str], context: Context) -> str:
         """Put the group's factors into its constants; what was done, or nothing."""
         from deploycc.passes._equalize import Reading, choose
 
@@ -75,13 +89,13 @@ class ChannelScaling(Pass):
         most = 63 if quant.reduce_range else 127
         readings = [Reading(seen[reader.tensor], _by_channel(_array(reader.weight.value), reader.weight)) for reader in group.readers]
         k, share = choose(readings, levels, most, per_channel=quant.per_channel, alpha=self.alpha)
-        if share == 1.0:
+        name = group.writers[0].node.name
+        if share == 1.0 or (name in scalers and share > WORTH and self.alpha is None):
             return ""
         for part in (part for writer in group.writers for part in writer.parts):
             _multiply(part, k)
         for reader in group.readers:
             _multiply(reader.weight, 1 / k)
-        name = group.writers[0].node.name
         return f"{name} and {len(group.readers)} readers: factors {k.min():.2g} to {k.max():.2g}, {share:.2f} of the noise is expected"
 
 
@@ -104,6 +118,21 @@ def _statistics(model: ir.Model, found: Sequence[Group], artifact: Artifact, con
 def _array(value: ir.Value) -> np.ndarray:
     assert value.const_value is not None  # a group's constants are
     return value.const_value.numpy().astype(np.float64)
+
+
+def _constant(node: ir.Node) -> ir.Value:
+    """Of a Mul that was put in."""
+    value = node.inputs[1]
+    assert value is not None
+    return value
+
+
+def _bypass(node: ir.Node) -> None:
+    """Take an operator out that gives what it reads."""
+    for user, index in list(node.outputs[0].uses()):
+        user.replace_input_with(index, node.inputs[0])
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)
 
 
 def _by_channel(weight: np.ndarray, part: Weight) -> np.ndarray:

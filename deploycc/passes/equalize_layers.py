@@ -34,4 +34,10 @@ class EqualizeLayers(ChannelScaling):
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Raises NothingToDo where no two layers are joined by operators that commute with a factor."""
-        return self.scaled(artifact, context, lambda group: not group.normalized, "layers that only ReLU, pooling and sums join")
+        return self.scaled(
+            artifact,
+            context,
+            lambda group: not group.written_by("LayerNormalization"),
+            "layers that only ReLU, pooling and sums join",
+            lambda graph: frozenset(),
+        )

@@ -1,4 +1,4 @@
-"""Equalization: factors by hand, the same function in float, less noise in integers; SmoothQuant likewise; and what is refused."""
+"""Equalization: factors by hand, the same function in float, less noise in integers; and what is refused."""
 
 from dataclasses import replace
 
@@ -14,7 +14,6 @@ from deploycc.errors import DataNeeded, NothingToDo, PreconditionError
 from deploycc.passes._equalize import Channels, Reading, balanced, choose
 from deploycc.passes.equalize_layers import EqualizeLayers
 from deploycc.passes.quantize_static import QuantizeStatic
-from deploycc.passes.smooth_activations import SmoothActivations
 
 QUANT = {"arch": "aarch64", "quant": {"reduce_range": False, "per_channel": True}}
 
@@ -160,54 +159,10 @@ def test_what_is_already_equal_is_said():
         EqualizeLayers()(artifact, watched(artifact, np.array([[1, 1], [-1, -1]], np.float32)))
 
 
-def transformer(outlier: float) -> Artifact:
-    """A pre-LN feed-forward block; `outlier` is the gain of one channel, which its reader undoes."""
-    rng = np.random.default_rng(0)
-    gain = np.ones(16, np.float32)
-    gain[3] = outlier
-    weights = {
-        "gain": gain,
-        "shift": np.zeros(16, np.float32),
-        "w1": rng.standard_normal((16, 32)).astype(np.float32) / gain[:, None],
-        "w2": rng.standard_normal((32, 16)).astype(np.float32),
-    }
-    body = (
-        "(float[N,5,16] x) => (float[N,5,16] y) { n = LayerNormalization(x, gain, shift) q = MatMul(n, w1) g = Relu(q) z = MatMul(g, w2)"
-        " y = Add(x, z) }"
-    )
-    return onnx_artifact(graph(body, **weights))
-
-
-def test_an_outlier_behind_a_normalization_goes_into_the_weights():
-    artifact, rng = transformer(60.0), np.random.default_rng(1)
-    rows, judged = (rng.standard_normal((16, 5, 16)).astype(np.float32) for _ in range(2))
-    ctx = watched(artifact, rows)
-    smooth = SmoothActivations()(artifact, ctx)
-    gain = smooth.model.graph.initializers["gain"].const_value.numpy()
-    assert gain.max() / np.median(gain) < 6  # of 60
-    assert sqnr(artifact, smooth, judged) > 100
-    assert sqnr(artifact, QuantizeStatic()(smooth, ctx), judged) > sqnr(artifact, QuantizeStatic()(artifact, ctx), judged) + 6
-
-
-def test_each_pass_takes_its_own_groups():
-    artifact = transformer(60.0)
-    rows = np.random.default_rng(1).standard_normal((16, 5, 16)).astype(np.float32)
-    ctx = watched(artifact, rows)
-    layers = EqualizeLayers(alpha=0.5)(artifact, ctx)
-    same = [layers.model.graph.initializers[name].const_value.numpy() for name in ("gain", "shift")]
-    np.testing.assert_array_equal(same[0], artifact.model.graph.initializers["gain"].const_value.numpy())
-    smooth = SmoothActivations()(artifact, ctx)
-    np.testing.assert_array_equal(
-        smooth.model.graph.initializers["w2"].const_value.numpy(), artifact.model.graph.initializers["w2"].const_value.numpy()
-    )
-
-
 def test_refusals():
     artifact, rows = uneven()
     with pytest.raises(ValueError, match=r"alpha is 1\.5: it must be between 0 and 1"):
         EqualizeLayers(alpha=1.5)
-    with pytest.raises(NothingToDo, match="the model has no LayerNormalization that only feeds products"):
-        SmoothActivations()(artifact, watched(artifact, rows))
     lonely = onnx_artifact(graph("(float[N,2] x) => (float[N,2] y) { y = Gemm(x, w) }", w=np.eye(2, dtype=np.float32)))
     with pytest.raises(NothingToDo, match="the model has no layers that only ReLU"):
         EqualizeLayers()(lonely, watched(lonely, np.ones((2, 2), np.float32)))
