@@ -253,6 +253,7 @@ def plan(
 @app.command()
 def bench(
     models: Annotated[list[str], typer.Argument(metavar="X…", help="Bundles, .onnx, .pt2 or models, measured interleaved.")],
+    targets: Annotated[str | None, typer.Option(help='Compile the one model for these first: "a,b,c" or a family such as x86.')] = None,
     data: DataText = None,
     inputs: Inputs = None,
     weights: Weights = None,
@@ -264,13 +265,33 @@ def bench(
     save: Annotated[Path | None, typer.Option(help="Write the raw samples and the environment as JSON.")] = None,
     json: Json = False,
 ) -> None:
-    """Measure latencies in one interleaved run; the first is the baseline."""
-    from deploycc import render
+    """Measure latencies in one interleaved run; the first is the baseline.
+
+    With --targets one model is compiled for each of them, and what shipped is measured, beside eager PyTorch; no bundle is kept.
+    """
+    from deploycc import contest, render
     from deploycc.core.target import Bench
-    from deploycc.planning import parse_shapes
+    from deploycc.errors import UsageError
+    from deploycc.planning import Options, parse_shapes
     from deploycc.tools import bench_all
 
     settings = Bench(threads=threads, min_seconds=min_seconds, min_runs=min_runs)
+    if targets is not None:
+        if len(models) != 1:
+            raise UsageError(f"--targets takes one model, not {len(models)}", fix="bench the bundles of several models, without --targets")
+        options = Options(
+            data=data, inputs=parse_shapes(inputs or []), weights=weights, random_weights=random_weights, threads=threads, seed=seed
+        )
+        with _progress() as progress:
+            found = contest.shoot_out(models[0], options, targets, settings, progress, lambda line: print(line, file=sys.stderr))
+        if save:
+            found.bench.save(save)
+        if json:
+            _emit(render.contest_json(found) | {"bundle": None})
+            return
+        for part in render.contest(found):
+            _print(part)
+        return
     with _progress() as progress:
         result = bench_all(
             models,

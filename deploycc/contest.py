@@ -143,6 +143,18 @@ def run(
     return Contest(tuple(compiled), tuple(refused), bench, best, bundle, time.monotonic() - started)
 
 
+def shoot_out(
+    model: Any, options: Options, text: str, race: Bench, progress: Progress = silent, say: Say = lambda line: None
+) -> Contest:  # fmt: skip
+    """Compile for the targets that `text` names and time them; the bundles go away with the run.
+
+    Raises what `field` and `run` raise.
+    """
+    names, left_out = field(text) or ((text,), ())
+    with tempfile.TemporaryDirectory(prefix="deploycc-") as folder:
+        return run(model, replace(options, output=Path(folder) / "bundle", zip=False), names, left_out, race, progress, say)
+
+
 def _own(options: Options, target: str | Target, output: Path, spent: float) -> Options:
     """The options of one compile: its own folder, and what is left of the budget."""
     budget = None if options.budget_s is None else max(0.0, options.budget_s - spent)

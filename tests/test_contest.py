@@ -1,5 +1,6 @@
 """Several targets: who takes part, what is kept, and what is told of the others."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from deploycc import contest, driver, render
+from deploycc.bench.result import load
 from deploycc.cli import app
 from deploycc.core import target as targets
 from deploycc.errors import Interrupted, StoreError, TargetError, UnknownName, UsageError
@@ -199,3 +201,28 @@ def test_the_command_line_and_python_name_several(net, tmp_path, monkeypatch):
     assert planned.output.count("export-onnx") >= 2
     compiled = deploycc.compile(net, target="a,b", output=tmp_path / "other", cache=tmp_path / "cache")
     assert compiled.plan.target.name in known
+
+
+def test_a_shoot_out_shows_the_race_and_keeps_no_bundle(net, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(contest, "field", lambda text: ((quick("a"), quick("b", pipeline="export-onnx")), ()))
+    words = ["bench", net, "--data", str(tmp_path / "data.npz"), "--min-seconds", "0.1", "--min-runs", "5"]
+    assert not app([*words, "--targets", "a,b", "--save", str(tmp_path / "race.json")], standalone_mode=False)
+    out = capsys.readouterr().out
+    assert "← best" in out
+    assert "best bundle" not in out
+    assert {item.name for item in load(tmp_path / "race.json").measurements} == {"eager", "a", "b"}
+    assert not app([*words, "--targets", "a,b", "--json"], standalone_mode=False)
+    document = json.loads(capsys.readouterr().out)
+    assert document["bundle"] is None
+    assert document["bench"]["settings"]["min_runs"] == 5
+    with pytest.raises(UsageError, match="--targets takes one model, not 2"):
+        app([*words, net, "--targets", "a,b"], standalone_mode=False)
+
+
+def test_a_shoot_out_of_one_target_is_a_table_too(net, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(contest, "run", lambda model, given, names, *rest: seen.update(names=names, output=given.output) or "found")
+    race = targets.Bench(min_seconds=0.1, min_runs=5)
+    assert contest.shoot_out(net, options(tmp_path), "x86-fbgemm", race) == "found"
+    assert seen["names"] == ("x86-fbgemm",)
+    assert not seen["output"].parent.exists()
