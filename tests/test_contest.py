@@ -210,7 +210,7 @@ def test_a_shoot_out_shows_the_race_and_keeps_no_bundle(net, tmp_path, monkeypat
     out = capsys.readouterr().out
     assert "← best" in out
     assert "best bundle" not in out
-    assert {item.name for item in load(tmp_path / "race.json").measurements} == {"eager", "a", "b"}
+    assert {item.name for item in load(tmp_path / "race.json").measurements} == {"PyTorch eager", "a", "b"}
     assert not app([*words, "--targets", "a,b", "--json"], standalone_mode=False)
     document = json.loads(capsys.readouterr().out)
     assert document["bundle"] is None
