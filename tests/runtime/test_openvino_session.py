@@ -118,3 +118,21 @@ def test_a_missing_openvino_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(MismatchError, match=r"needs openvino") as caught:
         session_module.open(path, signature, RUNTIME, 1)
     assert "openvino>=2025.0" in caught.value.fix
+
+
+def test_what_is_compiled_is_kept_where_it_is_asked_for(tmp_path, monkeypatch):
+    """The second time it comes out of the folder, with the same answers; without the variable nothing is written."""
+    path, signature = small(tmp_path / "m.xml")
+    x, before = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4), sorted(tmp_path.rglob("*"))
+    for root in ("", tmp_path / "kept", tmp_path / "kept"):
+        monkeypatch.setenv(session_module.CACHE, str(root))
+        with session_module.open(path, signature, RUNTIME, 1) as session:
+            np.testing.assert_array_equal(session.run({"x": x})["y"], np.maximum(x, 0))
+            hit = session._request.get_compiled_model().get_property("LOADED_FROM_CACHE")
+        if not root:
+            assert sorted(tmp_path.rglob("*")) == before
+    assert hit
+    assert len(list((tmp_path / "kept" / "openvino").glob("*.blob"))) == 1
+    monkeypatch.setenv(session_module.CACHE, str(path))
+    with pytest.raises(BundleError, match=r"DEPLOYCC_CACHE is .*m\.xml, where no folder can be made"):
+        session_module.open(path, signature, RUNTIME, 1)
