@@ -1,6 +1,6 @@
 """OpenVINO on the CPU, the way a device runs a bundle: one stream, explicit threads, the precision that the manifest names.
 
-Where DEPLOYCC_CACHE names a folder, what OpenVINO compiles for this CPU is kept in it, and loaded from it the next time (EfficientNet-Lite2:
+Where DEPLOYCC_CACHE names a folder, what OpenVINO compiles for this CPU is kept there, and loaded the next time (EfficientNet-Lite2: in
 0.1 s instead of 0.45 s); OpenVINO itself checks that its version, the CPU and the model are the same.
 """
 
