@@ -158,7 +158,7 @@ def data():
 """
 
 
-def float_row(case: Case) -> Made:
+def float_row(case: Case, threads: int = THREADS) -> Made:
     """The float graph itself."""
     module = sessions.find("onnxruntime")
-    return Made("ORT float", "float", "", lambda: module.open(case.onnx, case.graph.signature, {}, THREADS), case.onnx.stat().st_size, 0.0)
+    return Made("ORT float", "float", "", lambda: module.open(case.onnx, case.graph.signature, {}, threads), case.onnx.stat().st_size, 0.0)

@@ -54,8 +54,8 @@ class Peer:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-def run_peer(case: Case, peer: Peer, folder: Path, python: Path | None) -> Made:
-    """Quantize by `peer`, or say why that cannot be done."""
+def run_peer(case: Case, peer: Peer, folder: Path, python: Path | None, threads: int = THREADS) -> Made:
+    """Quantize by `peer`, or say why that cannot be done. `threads`: of the sessions that this process opens."""
     how = ", ".join(f"{key}={value}" for key, value in peer.settings.items())
     runtime = RUNTIMES.get(peer.tool, "ONNX Runtime")
     if problem := _impossible(case, peer):
@@ -78,10 +78,10 @@ def run_peer(case: Case, peer: Peer, folder: Path, python: Path | None) -> Made:
     if peer.tool == "torch-fx":
         engine = str(peer.settings["engine"])
         size = path.stat().st_size
-        return Made(peer.name, PEER, how, lambda: _open_script(path, engine, case), size, known["seconds"], f"PyTorch, {engine}")
+        return Made(peer.name, PEER, how, lambda: _open_script(path, engine, case, threads), size, known["seconds"], f"PyTorch, {engine}")
     module = sessions.find("onnxruntime")
     return Made(
-        peer.name, PEER, how, lambda: module.open(path, case.graph.signature, {}, THREADS), path.stat().st_size, known["seconds"]
+        peer.name, PEER, how, lambda: module.open(path, case.graph.signature, {}, threads), path.stat().st_size, known["seconds"]
     )  # fmt: skip
 
 
@@ -281,9 +281,12 @@ def _openvino(case: Case, peer: Peer, path: Path, baseline: Path, python: Path, 
 
 
 class TorchSession:
-    """A torch module as a session."""
+    """A torch module as a session; `threads` are the process's from then on."""
 
-    def __init__(self, module: Any, signature: Signature) -> None:
+    def __init__(self, module: Any, signature: Signature, threads: int = THREADS) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
         self.module, self.signature = module, signature
         self._names = [spec.name for spec in signature.inputs]
 
@@ -317,12 +320,12 @@ def _torch_fx(case: Case, settings: Mapping[str, Any], out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _engine(name: str) -> Iterator[None]:
+def _engine(name: str, threads: int = THREADS) -> Iterator[None]:
     """PyTorch's quantized engine, which packs weights when a module is converted or loaded, on as many threads as everyone has."""
     import torch
 
     before = torch.backends.quantized.engine
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     torch.backends.quantized.engine = name
     try:
         yield
@@ -330,11 +333,11 @@ def _engine(name: str) -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-def _open_script(path: Path, engine: str, case: Case) -> Session:
+def _open_script(path: Path, engine: str, case: Case, threads: int) -> Session:
     import torch
 
-    with _engine(engine):
-        return TorchSession(torch.jit.load(str(path)), case.graph.signature)
+    with _engine(engine, threads):
+        return TorchSession(torch.jit.load(str(path)), case.graph.signature, threads)
 
 
 def _converted(model: Any, calls: Sequence[tuple[Any, ...]], qconfig: str) -> Any:

@@ -1,11 +1,12 @@
 """`deploycc compile --target x86` against everything else that runs the same network on this CPU: one interleaved run for each model.
 
-    uv run --extra openvino python benchmarks/x86.py FOLDER --peers-python PEERS/bin/python [--only lite0 resnet50 …]
+    uv run --extra openvino python benchmarks/x86.py FOLDER --peers-python PEERS/bin/python [--only lite0 resnet50 …] [--threads 1 2]
 
 Ours is the bundle that `--target x86` keeps, its gates open, so that networks with random weights run too. Beside it: eager PyTorch,
 torch.compile, torch FX int8 (onednn), ONNX Runtime in float and with its own quantizer at its best, OpenVINO in float32 and bfloat16, and
-NNCF's int8 on OpenVINO. Every row answers the same samples; agreement and SQNR are those with the float graph in ONNX Runtime. FOLDER and
-the other options are those of quantizers.py, whose peers these are.
+NNCF's int8 on OpenVINO, as it comes and for transformers. One run on one thread, and one on all. Every row answers the same samples;
+agreement (of vectors: cosine) and SQNR are those with the float graph in ONNX Runtime. FOLDER and the other options are those of
+quantizers.py, whose peers these are.
 
 The bar: at most 1.03 × the time of the fastest peer, at an agreement not below that peer's. Exit status 1 when it is not met.
 """
@@ -17,46 +18,53 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _quantizers_cases import Case, open_target, options_of, prepare
+from _quantizers_cases import Case, Given, open_target, options_of, prepare
 from _quantizers_made import OURS, PEER, Made, answers, judge
 from _quantizers_ours import float_row
 from _quantizers_peers import TorchSession, run_peer
 from _shared import about, real_photos, results_folder, say, slug, table, write
-from quantizers import IMAGES, MODELS, NNCF, STATIC_PEERS, Peer, _ready
+from quantizers import IMAGES, MODELS, NNCF, NNCF_TRANSFORMER, STATIC_PEERS, Peer, _ready
 
 from deploycc import contest
 from deploycc.bench.environment import capture
 from deploycc.bench.harness import Candidate, measure
 from deploycc.bench.result import BenchResult
+from deploycc.core.artifact import Form
 from deploycc.core.target import Bench
 from deploycc.demo import Photos
 from deploycc.errors import DeployError
 from deploycc.runtime import bundle as bundles
 from deploycc.runtime import sessions
+from deploycc.runtime.machine import available_cores
 
 NAME = "x86"
+MORE_MODELS = tuple(Given(name, f"torchvision:{name}", real=False) for name in ("resnet18", "vit_b_16"))
 MORE = 1.03  # times the fastest peer's time
 FAMILY = "x86"
-INT8_ON_OPENVINO = Peer("NNCF int8 on OpenVINO", "nncf-openvino", NNCF["NNCF default"])
+INT8_ON_OPENVINO = (
+    Peer("NNCF int8 on OpenVINO", "nncf-openvino", NNCF["NNCF default"]),
+    Peer("NNCF int8 for transformers on OpenVINO", "nncf-openvino", NNCF_TRANSFORMER["NNCF transformer (SmoothQuant)"]),
+)
 TORCH_FX = Peer("torch FX int8, onednn", "torch-fx", {"engine": "onednn"})
 
 
-def ours(case: Case, photos: Photos, folder: Path) -> tuple[Made, list[str]]:
+def ours(case: Case, photos: Photos, folder: Path, threads: int) -> tuple[Made, list[str]]:
     """The bundle of `--target x86`, and what it was chosen from, in words."""
     found = contest.field(FAMILY)
     assert found is not None  # there is no target of that name
     names, left_out = found
-    options = options_of(case.given, photos, open_target(names[0]), folder / "bundle")
+    options = replace(options_of(case.given, photos, open_target(names[0]), folder / f"bundle-{threads}"), threads=threads)
     result = contest.run(case.given.text, options, [open_target(name) for name in names], left_out, say=say)
     loaded = bundles.load(result.bundle.folder)
     told = [f"{item.plan.target.name} {result.bench.get(item.plan.target.name).p50_ms:.2f} ms" for item in result.compiled]
     size = sum((loaded.folder / name).stat().st_size for name in result.best.shipped.built.files)
-    name = f"--target {FAMILY} ({result.best.plan.target.name})"
-    return Made(name, OURS, "", lambda: bundles.open_session(loaded, 1), size), [*told, *(f"{who}: {why}" for who, why in result.refused)]
+    told += [f"{who}: {why}" for who, why in result.refused]
+    return Made(f"--target {FAMILY} ({result.best.plan.target.name})", OURS, "", lambda: bundles.open_session(loaded, threads), size), told
 
 
 def peers(case: Case, folder: Path, python: Path | None, threads: int) -> list[Made]:
@@ -64,22 +72,23 @@ def peers(case: Case, folder: Path, python: Path | None, threads: int) -> list[M
     import torch
 
     model, signature = case.reference.model, case.graph.signature
-    openvino, made = sessions.find("openvino"), [float_row(case)]
-    compiled = torch.compile(model, options={"freezing": True})
-    made += [
-        Made("PyTorch eager", PEER, open=lambda: TorchSession(model, signature)),
-        Made("torch.compile, frozen", PEER, open=lambda: TorchSession(compiled, signature)),
-        run_peer(case, TORCH_FX, folder, python),
-        run_peer(case, STATIC_PEERS[0], folder, python),
-    ]
+    openvino, made = sessions.find("openvino"), [float_row(case, threads)]
+    if case.reference.form is Form.MODULE:
+        torch.compiler.reset()
+        compiled = torch.compile(model, options={"freezing": True, "cpp.threads": threads})
+        made.append(Made("PyTorch eager", PEER, open=lambda: TorchSession(model, signature, threads)))
+        made.append(Made("torch.compile, frozen", PEER, open=lambda: TorchSession(compiled, signature, threads)))
+    made += [run_peer(case, peer, folder, python, threads) for peer in (TORCH_FX, STATIC_PEERS[0])]
     for precision in ("f32", "bf16"):
         opened = partial(openvino.open, case.onnx, signature, {"precision": precision}, threads)
         made.append(Made(f"OpenVINO {precision}", PEER, open=opened, runtime="OpenVINO"))
-    int8 = run_peer(case, INT8_ON_OPENVINO, folder, python)
-    path = folder / f"{slug(INT8_ON_OPENVINO.name)}.xml"
-    if not int8.problem:
-        int8 = Made(int8.name, PEER, open=partial(openvino.open, path, signature, {"precision": "f32"}, threads), bytes=int8.bytes)
-    return [*made, int8]
+    for peer in INT8_ON_OPENVINO:
+        int8 = run_peer(case, peer, folder, python)
+        path = folder / f"{slug(peer.name)}.xml"
+        if not int8.problem:
+            int8 = Made(int8.name, PEER, open=partial(openvino.open, path, signature, {"precision": "f32"}, threads), bytes=int8.bytes)
+        made.append(int8)
+    return made
 
 
 def compare(case: Case, rows: Sequence[Made], settings: Bench) -> tuple[list[dict[str, Any]], BenchResult]:
@@ -120,11 +129,9 @@ def bar(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     own = next(row for row in rows if row["side"] == OURS)
     fastest = min((row for row in rows if row["side"] != OURS and "p50_ms" in row), key=lambda row: row["p50_ms"])
     times = 1 / fastest["speedup_of_ours"][0]
-    agrees = own["agreement"] is None or own["agreement"] >= fastest["agreement"]
-    told = f"{times:.2f} × the time of {fastest['name']}"
-    if own["agreement"] is not None:
-        told += f", agreement {own['agreement']:.1%} against {fastest['agreement']:.1%}"
-    return {"text": told, "met": times <= MORE and agrees}
+    kind = "cosine" if own["agreement"] is None else "agreement"
+    told = f"{times:.2f} × the time of {fastest['name']}, {kind} {own[kind]:.2%} against {fastest[kind]:.2%}"
+    return {"text": told, "met": times <= MORE and own[kind] >= fastest[kind]}
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -149,7 +156,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             cells.append([name, row["problem"], "–", "–", "–"])
             continue
         value, low, high = row["speedup_of_ours"]
-        agreement = "–" if row["agreement"] is None else f"{row['agreement']:.1%}"
+        agreement = f"cosine {row['cosine']:.4f}" if row["agreement"] is None else f"{row['agreement']:.1%}"
         cells.append([name, f"{row['p50_ms']:.2f}", f"{value:.2f} [{low:.2f}, {high:.2f}]", agreement, _decibel(row["sqnr_db"])])
     return table(("", "p50 ms", "ours is faster by", "agreement", "SQNR dB"), cells)
 
@@ -167,28 +174,32 @@ def main() -> int:
     parser.add_argument("--peers-python", type=Path, metavar="PATH", help="the Python that has NNCF")
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="as in quantizers.py")
     parser.add_argument("--assets", type=Path, metavar="FOLDER", help="as in quantizers.py")
+    parser.add_argument("--threads", nargs="+", type=int, metavar="N", default=[1, available_cores()], help="a run for each")
+    parser.add_argument("--judge", type=int, default=500, metavar="N", help="as in quantizers.py")
     options = parser.parse_args()
     if options.weights:
         sys.path.append(str(options.weights))
     photos, folder, met = real_photos(), results_folder(), True
     path = folder / f"{NAME}.json"
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"models": {}}
-    for given in MODELS:
+    for given in (*MODELS, *MORE_MODELS):
         if options.only and given.name not in options.only:
             continue
-        try:
-            case = prepare(_ready(given, options), photos, options.folder / given.name, 500)
-            best, field = ours(case, photos, options.folder / given.name)
-            rows = [*peers(case, options.folder / given.name / "peers", options.peers_python, 1), best]
-            judged, bench = compare(case, rows, Bench(threads=1, min_seconds=2.0, min_runs=40))
-            bench.save(folder / f"{NAME}.{given.name}.bench.json")
-            found = {"real": given.real, "field": field, "rows": judged, "bar": bar(judged), "about": about(capture(1))}
-            met &= found["bar"]["met"]
-            print(f"{'PASS' if found['bar']['met'] else 'FAIL'}  {given.name}: {found['bar']['text']}")
-        except DeployError as error:
-            found = {"skipped": f"{error.what}; {error.fix}"}
-        document["models"] = {**document["models"], given.name: found}
-        write(folder, NAME, document, markdown(document))
+        for threads in dict.fromkeys(options.threads):
+            name = given.name if threads == 1 else f"{given.name}, {threads} threads"
+            try:
+                case = prepare(_ready(given, options), photos, options.folder / given.name, options.judge)
+                best, field = ours(case, photos, options.folder / given.name, threads)
+                rows = [*peers(case, options.folder / given.name / "peers", options.peers_python, threads), best]
+                judged, bench = compare(case, rows, Bench(threads=threads, min_seconds=2.0, min_runs=40))
+                bench.save(folder / f"{NAME}.{slug(name)}.bench.json")
+                found = {"real": given.real, "field": field, "rows": judged, "bar": bar(judged), "about": about(capture(threads))}
+                met &= found["bar"]["met"]
+                print(f"{'PASS' if found['bar']['met'] else 'FAIL'}  {name}: {found['bar']['text']}")
+            except DeployError as error:
+                found = {"skipped": f"{error.what}; {error.fix}"}
+            document["models"] = {**document["models"], name: found}
+            write(folder, NAME, document, markdown(document))
     return int(not met)
 
 
