@@ -100,6 +100,8 @@ ABLATION_ARRAYS = (
     Row("quantize-weights, 8 bits", "quantize-weights{bits=8}"),
     Row("quantize-weights, 4 bits", "quantize-weights{bits=4}"),
 )
+OWN = {IMAGES: ABLATION, ARRAYS: ABLATION_ARRAYS}
+LEFT_OUT = "left out with --without"
 
 U8S8 = {"activation_type": "QUInt8", "weight_type": "QInt8", "per_channel": True}
 STATIC_PEERS = (
@@ -159,16 +161,19 @@ def line_up(case: Case, options: argparse.Namespace, photos: Photos, work: Path)
     given, made = case.given, [float_row(case)]
     say(f"{given.name}: deploycc compile")
     made.append(compiled(case, photos, PASSES.get(given.name), work / "compiled"))
-    for row in (*(ABLATION if given.kind == IMAGES else ABLATION_ARRAYS), *options.ours):
+    for row in (*OWN[given.kind], *options.ours):
+        if row.name in options.without:
+            made.append(Made(row.name, OURS, row.passes, problem=LEFT_OUT))
+            continue
         if row.slow and not options.slow:
             made.append(Made(row.name, OURS, row.passes, problem="skipped: it takes minutes (--slow)"))
             continue
         say(f"{given.name}: {row.passes}")
         made.append(quantize(case, row, work))
     python = options.peers_python
-    peers = [peer for peer in PEERS[given.kind] if peer.name not in options.without]
-    made += [run_peer(case, peer, options.folder / given.name / "peers", python) for peer in peers]
-    made += [Made(name, PEER, problem="left out with --without") for name in options.without]
+    for peer in PEERS[given.kind]:
+        out = peer.name in options.without
+        made.append(Made(peer.name, PEER, problem=LEFT_OUT) if out else run_peer(case, peer, options.folder / given.name / "peers", python))
     return made
 
 
@@ -267,7 +272,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     for name, what in (("model", "an ONNX file"), ("calibration", ".npz that calibrates it"), ("inputs", ".npz that judges it")):
         parser.add_argument(f"--{name}", nargs="+", type=_pair, default=[], metavar="NAME=FILE", help=what)
     parser.add_argument("--judge", type=int, default=500, help="most samples of --inputs that judge")
-    parser.add_argument("--without", nargs="+", default=[], metavar="PEER", help="leave peers out: one that is slow slows all")
+    parser.add_argument("--without", nargs="+", default=[], metavar="ROW", help="leave rows out: one that is slow slows all")
     parser.add_argument("--target", default=TARGET, metavar="NAME", help="an ONNX Runtime target of this machine's CPU")
     parser.add_argument("--slow", action="store_true", help="rows that take minutes too")
     parser.add_argument("--quick", action="store_true", help="few runs, to try the script; the figures are rough")
@@ -280,8 +285,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         for name, path in options.model
     ]
     options.models = [given for given in (*MODELS, *own) if not options.only or given.name in options.only]
-    if unknown := set(options.without) - {peer.name for peers in PEERS.values() for peer in peers}:
-        parser.error(f"no such peer: {', '.join(sorted(unknown))}")
+    if unknown := set(options.without) - {row.name for rows in (*PEERS.values(), *OWN.values()) for row in rows}:
+        parser.error(f"no such row: {', '.join(sorted(unknown))}")
     if unknown := set(options.only or ()) - {given.name for given in options.models}:
         parser.error(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(given.name for given in (*MODELS, *own))}")
     return options
