@@ -94,6 +94,11 @@ def compile_program(program: ExportedProgram, request: Mapping[str, Any], enviro
 
     with tempfile.TemporaryDirectory(prefix="deploycc-inductor-") as name:
         folder = Path(name).resolve()
+        if any(char.isspace() for char in str(folder)):
+            raise UnsupportedError(
+                f"AOTInductor cannot work in {folder.parent}: it splits the commands that it makes for the compiler at spaces",
+                fix="set TMPDIR to a folder without spaces in its path",
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.export.save(program, folder / worker.PROGRAM)
@@ -118,8 +123,11 @@ def compile_program(program: ExportedProgram, request: Mapping[str, Any], enviro
 
 
 def _last_words(text: str) -> str:
+    """The C++ compiler's first error, else Python's last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if "error: " in line or "Error: " in line), lines[-1] if lines else "")[:300]
+    compiler = (line for line in lines if "error: " in line)
+    python = (line for line in reversed(lines) if "Error: " in line)
+    return next(compiler, next(python, lines[-1] if lines else ""))[:300]
 
 
 def package(library: bytes, signature: Signature) -> bytes:

@@ -50,15 +50,15 @@ def hide(flags: list[str]) -> None:
             setattr(torch.cpu, question, lambda: False)
 
 
-def compiler_script(folder: Path, compiler: str, level: str) -> str:
-    """A g++ that adds the target's level behind inductor's own options, and keeps paths out."""
+def add_compiler(folder: Path, compiler: str, level: str) -> None:
+    """Put first on the path a g++ that adds the target's level behind inductor's own options, and keeps paths out."""
     import torch
 
     script = folder / "bin" / "g++"
     script.parent.mkdir()
     script.write_text(SCRIPT.format(compiler=compiler, level=level, folder=folder, torch=Path(torch.__file__).parent))
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return str(script)
+    os.environ["PATH"] = os.pathsep.join([str(script.parent), os.environ.get("PATH", os.defpath)])
 
 
 def tidy_descriptions() -> None:
@@ -82,12 +82,13 @@ def main(folder: Path) -> None:
     request = json.loads((folder / REQUEST).read_text())
     hide(request["flags"])
     tidy_descriptions()
+    add_compiler(folder, request["compiler"], request["level"])
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache")
     import torch
     import torch._inductor
     from torch._inductor import config
 
-    config.cpp.cxx = (compiler_script(folder, request["compiler"], request["level"]),)  # type: ignore[assignment]
+    config.cpp.cxx = ("g++",)  # type: ignore[assignment]
     known = config.get_config_copy()
     program = torch.export.load(folder / PROGRAM)
     options = {name: value for name, value in OPTIONS.items() if name in known}
