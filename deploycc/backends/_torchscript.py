@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from deploycc.backends._distance import relative
 from deploycc.backends._settings import float32_only
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, Violation
@@ -102,7 +103,7 @@ class TorchScriptBackend:
             with self.open(built, target, threads=torch.get_num_threads()) as session:
                 found = list(session.run(feeds).values())
         for spec, want, got in zip(artifact.signature.outputs, wanted, found, strict=True):
-            distance = _distance(want, got)
+            distance = relative(want, got)
             if not distance <= FLOAT_TOLERANCE:
                 raise UnsupportedError(
                     f"output '{spec.name}' of the traced model differs from the model's by {distance:.2g} of the largest value on other "
@@ -117,14 +118,6 @@ def _engines() -> Sequence[str]:
     if torch is not None:
         return torch.backends.quantized.supported_engines
     return ("qnnpack", "fbgemm") if cpu_arch() == "x86_64" and "avx2" in cpu_flags() else ("qnnpack",)
-
-
-def _distance(want: np.ndarray, got: np.ndarray) -> float:
-    """Max |difference| / max |want|; NaN and Inf in the same places do not differ."""
-    if np.array_equal(want, got, equal_nan=want.dtype.kind == "f"):
-        return 0.0
-    scale = float(np.abs(want).max(initial=0.0)) or 1.0
-    return float(np.abs(want.astype(np.float64) - got.astype(np.float64)).max(initial=0.0)) / scale
 
 
 def made_for_this_engine(artifact: Artifact, target: Target) -> list[Violation]:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deploycc.backends import _openvino_graph as graph
-from deploycc.backends._settings import eight_bits
+from deploycc.backends._settings import eight_bits, precision_in_hardware
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Availability, Built, Constraint, Session, Violation
 from deploycc.core.kernels import Kernel
@@ -28,8 +28,6 @@ from deploycc.core.timing import NodeTime
 SESSION = "openvino"
 OLDEST = "2025.0"
 FILES = ("model.xml", "model.bin")
-BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
-F16_FLAGS = frozenset({"avx512_fp16", "amx_fp16"})
 NAMELESS = re.compile(r"[A-Za-z]+_\d+(_\d+)*")
 
 
@@ -109,19 +107,6 @@ def _count_names_anew(model: Any, kept: frozenset[str]) -> None:
         name = op.get_friendly_name()
         if name not in kept and NAMELESS.fullmatch(name):
             op.set_friendly_name(f"{op.get_type_name()}.{index}")
-
-
-def precision_in_hardware(artifact: Artifact, target: Target) -> list[Violation]:
-    """A 16-bit precision needs a CPU that computes in it; OpenVINO would use float32 elsewhere and say nothing.
-
-    Put avx512_bf16 or amx_bf16 (for f16: avx512_fp16 or amx_fp16) in [hardware] requires, or set runtime.precision = "f32".
-    """
-    wanted = {"bf16": BF16_FLAGS, "f16": F16_FLAGS}.get(target.runtime.precision)
-    if wanted is None or wanted & set(target.hardware.requires):
-        return []
-    return [
-        Violation(f"target {target.name}", f"runtime.precision = {target.runtime.precision} requires none of {', '.join(sorted(wanted))}")
-    ]
 
 
 def reads_graph(artifact: Artifact, target: Target) -> list[Violation]:

@@ -62,6 +62,13 @@ class ProgramForm:
         return str(model)
 
 
+def input_shapes(program: ExportedProgram) -> list[tuple[int | str, ...]]:
+    """Of every input that the user gives, in order; a free axis as text."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    shapes = (values[str(name)].shape for name in program.graph_signature.user_inputs)
+    return [tuple(dim if isinstance(dim, int) else str(dim) for dim in shape) for shape in shapes]
+
+
 def read(path: Path) -> ExportedProgram:
     """A .pt2 file, screened first: refused when reading it could run code. Raises SourceError."""
     import torch

@@ -17,6 +17,7 @@ from test_quantize_static import context, residual
 
 from deploycc.backends import _openvino_graph as openvino_graph
 from deploycc.backends import openvino as backend
+from deploycc.backends._settings import BF16_FLAGS
 from deploycc.core.contract import enforce
 from deploycc.core.timing import Profiles
 from deploycc.forms.module import example_feeds
@@ -25,7 +26,7 @@ from deploycc.passes.quantize_static import QuantizeStatic
 from deploycc.runtime.machine import cpu_flags
 
 INT8 = load("x86-openvino")
-needs_bf16 = pytest.mark.skipif(not backend.BF16_FLAGS & cpu_flags(), reason="this CPU does not compute in bfloat16")
+needs_bf16 = pytest.mark.skipif(not BF16_FLAGS & cpu_flags(), reason="this CPU does not compute in bfloat16")
 needs_vnni = pytest.mark.skipif(not {"avx512_vnni", "avx_vnni"} & cpu_flags(), reason="this CPU saturates 8-bit products")
 
 
