@@ -32,6 +32,7 @@ class OnnxRuntime:
 
     name: ClassVar[str] = "onnxruntime"
     accepts: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
+    shows: ClassVar[str] = "the runtime's own graph"
 
     def available(self) -> Availability:
         """Whether the package is installed."""

@@ -38,6 +38,7 @@ class OpenVino:
 
     name: ClassVar[str] = "openvino"
     accepts: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
+    shows: ClassVar[str] = "the runtime's own graph"
 
     def available(self) -> Availability:
         """Whether the package is installed."""

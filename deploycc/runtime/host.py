@@ -57,10 +57,11 @@ def check_host(
     installed = (version or _installed)(runtime["session"])
     package, minimum = runtime["package"], runtime.get("minimum") or ""
     wanted = f"{package}>={minimum}" if minimum else package
+    install = runtime.get("install") or f"pip install '{wanted}'"
     if installed is None:
-        raise MismatchError(f"the bundle runs on {wanted}, and {package} is not installed", fix=f"pip install '{wanted}'")
+        raise MismatchError(f"the bundle runs on {wanted}, and {package} is not installed", fix=install)
     if version_numbers(installed) < version_numbers(minimum):
-        raise MismatchError(f"the bundle needs {wanted}, this machine has {package} {installed}", fix=f"pip install '{wanted}'")
+        raise MismatchError(f"the bundle needs {wanted}, this machine has {package} {installed}", fix=install)
 
 
 def _installed(session: str) -> str | None:

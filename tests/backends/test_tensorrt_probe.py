@@ -93,8 +93,10 @@ def test_a_recipe_goes_through_the_manifest():
         (Recipe(), "trtexec --onnx=m.onnx --stronglyTyped --noTF32 --builderOptimizationLevel=3 --saveEngine=model.plan"),
         (
             Recipe("f16", profiles={"x": ((1, 3), (2, 3), (4, 3))}, workspace_mb=64, hardware_compatibility="ampere-plus", version_compatible=True),
-            "trtexec --onnx=m.onnx --stronglyTyped --minShapes=x:1x3 --optShapes=x:2x3 --maxShapes=x:4x3 --memPoolSize=workspace:64 "
-            "--builderOptimizationLevel=3 --hardwareCompatibilityLevel=ampere+ --versionCompatible --saveEngine=model.plan",
+            (
+                "trtexec --onnx=m.onnx --stronglyTyped --minShapes=x:1x3 --optShapes=x:2x3 --maxShapes=x:4x3 --memPoolSize=workspace:64 "
+                "--builderOptimizationLevel=3 --hardwareCompatibilityLevel=ampere+ --versionCompatible --saveEngine=model.plan"
+            ),
         ),
         (Recipe("f16", typed=False), "trtexec --onnx=m.onnx --int8 --fp16 --saveEngine=model.plan"),
     ],
