@@ -181,20 +181,26 @@ def _config(trt: Any, builder: Any, recipe: Recipe, *, verbose: bool) -> Any:
     if hasattr(config, "builder_optimization_level"):  # 8.6 and later
         config.builder_optimization_level = recipe.optimization_level
     if recipe.hardware_compatibility in COMPATIBILITY:
-        level = getattr(trt.HardwareCompatibilityLevel, COMPATIBILITY[recipe.hardware_compatibility], None)
-        if level is None:
-            raise MismatchError(
-                f"TensorRT {trt.__version__} has no hardware compatibility '{recipe.hardware_compatibility}'",
-                fix='set [engine] hardware_compatibility = "none" in the target, and compile again',
-            )
-        config.hardware_compatibility_level = level
+        levels = getattr(trt, "HardwareCompatibilityLevel", None)
+        config.hardware_compatibility_level = _known(trt, levels, COMPATIBILITY[recipe.hardware_compatibility], "hardware_compatibility")
     if recipe.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        config.set_flag(_known(trt, trt.BuilderFlag, "VERSION_COMPATIBLE", "version_compatible"))
     if recipe.capabilities:
         config.num_compute_capabilities = len(recipe.capabilities)
         for index, name in enumerate(recipe.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
     return config
+
+
+def _known(trt: Any, kind: Any, name: str, setting: str) -> Any:
+    """A member that not every version has."""
+    found = getattr(kind, name, None)
+    if found is None:
+        raise MismatchError(
+            f"TensorRT {trt.__version__} does not know {name}, which {setting} asks for",
+            fix=f"leave [engine] {setting} out of the target, and compile again",
+        )
+    return found
 
 
 def _profile(builder: Any, config: Any, recipe: Recipe) -> None:

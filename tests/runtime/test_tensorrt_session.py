@@ -1,4 +1,4 @@
-"""The device's session on stand-ins for TensorRT and its driver that have the recorded names of 10.16 and 11.4 (and 8.5), and no others."""
+"""The device's session on stand-ins for TensorRT and its driver that have the recorded names of 8.5, 10.16 and 11.4, and no others."""
 
 import json
 import sys
@@ -208,16 +208,23 @@ def test_int64_is_fed_as_the_engine_takes_it(machine):
 
 
 def test_version_8_takes_flags_and_no_types(tmp_path, monkeypatch):
-    machine = Machine("8.5.2.2", tmp_path, monkeypatch)
+    machine = Machine("8.5.3.1", tmp_path, monkeypatch)
     with machine.open(Recipe("f16", typed=False)) as session:
         assert session.run({"x": np.ones((1, 3), np.float32)})["y"].tolist() == [[-1, -1, -1]]
     assert machine.trt.asked[0] == ("create_network", 1 << machine.trt.module.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
     assert [item[1] for item in machine.trt.asked if item[0] == "set_flag"] == [machine.trt.flag("INT8"), machine.trt.flag("FP16")]
 
 
+def test_version_8_does_not_say_which_operator_it_refuses(tmp_path, monkeypatch):
+    machine = Machine("8.5.3.1", tmp_path, monkeypatch)
+    machine.trt.refuses = True
+    with pytest.raises(engine.BuildError, match=r"does not read model\.onnx: no importer"):
+        machine.open(Recipe(typed=False))
+
+
 def test_a_typed_bundle_is_not_for_version_8(tmp_path, monkeypatch):
     with pytest.raises(MismatchError, match="knows no strongly typed networks"):
-        Machine("8.5.2.2", tmp_path, monkeypatch).open()
+        Machine("8.5.3.1", tmp_path, monkeypatch).open()
 
 
 def test_a_bundle_for_version_8_is_not_for_version_11(tmp_path, monkeypatch):
@@ -225,11 +232,11 @@ def test_a_bundle_for_version_8_is_not_for_version_11(tmp_path, monkeypatch):
         Machine("11.4.0.106", tmp_path, monkeypatch).open(Recipe(typed=False))
 
 
-def test_a_compatibility_that_a_version_lacks_is_refused(tmp_path, monkeypatch):
-    machine = Machine("10.16.1.11", tmp_path, monkeypatch)
-    del machine.trt.module.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
-    with pytest.raises(MismatchError, match="no hardware compatibility 'same-compute-capability'"):
-        machine.open(Recipe(hardware_compatibility="same-compute-capability"))
+@pytest.mark.parametrize(("setting", "value"), [("hardware_compatibility", "ampere-plus"), ("version_compatible", True)])
+def test_a_compatibility_that_a_version_lacks_is_refused(tmp_path, monkeypatch, setting, value):
+    machine = Machine("8.5.3.1", tmp_path, monkeypatch)
+    with pytest.raises(MismatchError, match=f"which {setting} asks for"):
+        machine.open(Recipe(typed=False, **{setting: value}))
 
 
 def test_names_that_moved_are_not_used():
@@ -262,7 +269,7 @@ def test_its_version_is_found_without_metadata_too(monkeypatch):
     monkeypatch.setattr(session_module.importlib.metadata, "version", lambda name: "10.3.0" if name == "tensorrt" else missing(name))
     assert sessions.find("tensorrt").version() == "10.3.0"
     monkeypatch.setattr(session_module.importlib.metadata, "version", missing)
-    monkeypatch.setitem(sys.modules, "tensorrt", Fake("8.5.2.2", inputs={}, outputs={}).module)
-    assert session_module.version() == "8.5.2.2"
+    monkeypatch.setitem(sys.modules, "tensorrt", Fake("8.5.3.1", inputs={}, outputs={}).module)
+    assert session_module.version() == "8.5.3.1"
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert session_module.version() is None
