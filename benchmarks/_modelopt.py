@@ -1,7 +1,7 @@
 """NVIDIA ModelOpt on a float ONNX file, run by the Python of its own virtual environment: `python _modelopt.py job.json`.
 
-The job names the model, a .npz of stacked inputs by name, the precision of float operators and the file to write. Needs nvidia-modelopt[onnx]
-and nothing of deploycc.
+The job names the model, a .npz of stacked inputs by name, the precision of float operators and the file to write. Needs
+nvidia-modelopt[onnx] and nothing of deploycc.
 """
 
 import json

@@ -31,7 +31,7 @@ from _shared import DASH, about, real_photos, results_folder, say, table, write
 
 from deploycc.backends import _tensorrt_probe as probing
 from deploycc.backends import _tensorrt_rules as rules
-from deploycc.backends._tensorrt_types import typed
+from deploycc.backends._sixteen_bits import typed
 from deploycc.backends.tensorrt import CHECKED, INT8, _macs
 from deploycc.bench.environment import capture
 from deploycc.core.artifact import Artifact

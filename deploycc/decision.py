@@ -118,7 +118,8 @@ def decide(
         )
     if bench is None:
         why = "the run was stopped before latency was measured" if interrupted else f"latency is not measured: {planned.misfit}"
-        judge = ", judged by a reference in place of the runtime" if planned.misfit and isinstance(planned.backend, Substitutes) else ""
+        stands_in = isinstance(planned.backend, Substitutes) and planned.backend.absent(planned.target) is not None
+        judge = ", judged by a reference in place of the runtime" if stands_in else ""
         return outcome(COMPILED, f"it passed the accuracy gate{judge}; {why}")
     ratio = bench.ratio(COMPILED, FLOAT)
     over = [check.name for check in check_limits(planned, parent, FLOAT, bench) if check.met is False]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from deploycc.backends import _tensorrt_probe as probing
 from deploycc.backends import _tensorrt_rules as rules
+from deploycc.backends._settings import processor_only
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, Violation, enforce
 from deploycc.core.kernels import Kernel
@@ -71,7 +72,15 @@ class TensorRt:
 
     def constraints(self) -> Sequence[Constraint]:
         """Types and shapes that the target allows, and every rule of the parser and of integers."""
-        own = (symmetric_int8, precision_in_hardware, axes_have_sizes, no_branches_in_sixteen_bits, read_by_version_8, opset_will_be_read)
+        own = (
+            processor_only,
+            symmetric_int8,
+            precision_in_hardware,
+            axes_have_sizes,
+            no_branches_in_sixteen_bits,
+            read_by_version_8,
+            opset_will_be_read,
+        )
         return (*own, *(rule for rule in rules.RULES if rule is not rules.opset_is_read))
 
     def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
@@ -113,7 +122,7 @@ class TensorRt:
         if self.absent(target) is None:
             module = importlib.import_module(f"deploycc.runtime.sessions.{SESSION}")
             return module.open(path, built.signature, built.runtime, threads)
-        from deploycc.backends._tensorrt_types import emulated
+        from deploycc.backends._sixteen_bits import emulated
         from deploycc.forms.onnx import OnnxSession, read
 
         model = read(path)
@@ -153,7 +162,7 @@ def _recipe(artifact: Artifact, target: Target) -> Recipe:
 
 def _written(artifact: Artifact, target: Target, recipe: Recipe) -> tuple[ir.Model, tuple[str, ...]]:
     """The graph with the types and weights that this version of TensorRT reads."""
-    from deploycc.backends._tensorrt_types import typed, with_float_weights
+    from deploycc.backends._sixteen_bits import typed, with_float_weights
     from deploycc.forms.onnx import clone
 
     if not recipe.typed:

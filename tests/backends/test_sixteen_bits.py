@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 from graphs import graph, onnx_artifact
 
-from deploycc.backends._tensorrt_types import emulated, typed, with_float_weights
+from deploycc.backends._sixteen_bits import emulated, typed, with_float_weights
 from deploycc.forms.onnx import OnnxForm
 
 RNG = np.random.default_rng(0)
