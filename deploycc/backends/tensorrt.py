@@ -234,9 +234,9 @@ def _reason(name: str, shown: Mapping[str, str], quant: QuantInfo | None) -> str
 def _kernel(layer: probing.Layer, macs: Mapping[str, int | None]) -> Kernel:
     work = [macs[name] for name in layer.sources if name in macs] if layer.multiplies else []
     total = None if not work or None in work else sum(item or 0 for item in work)
-    if not layer.multiplies and probing.ROUNDS in layer.name:
+    if not layer.multiplies and layer.roundings:
         return Kernel(layer.name, layer.kind, "conversion", None)
-    types = set(layer.reads[:2]) if layer.multiplies else set(layer.reads)
+    types = set(layer.operands.split("x")) if layer.multiplies else set(layer.inputs)
     precision: Precision = PRECISIONS.get(next(iter(types), ""), "float") if len(types) == 1 else "float"
     return Kernel(layer.name, layer.kind, precision, total)
 
