@@ -209,8 +209,8 @@ def markdown(rows: Sequence[Row], version: str, machine: str) -> str:
     about_it = (
         f"TensorRT-RTX {version}, built for {' and '.join(CHECKED)}; {CALIBRATION} photos calibrate, {JUDGED} others give the SQNR. "
         "All networks but lite0 have random weights. Latency is not measured, and RTX is not TensorRT: this shows what parses, that types "
-        "are right and what multiplies integers. What RTX compiles into a kernel of its own (attention) does not say what it multiplies and "
-        "counts as float. No SQNR where random weights give zeros (vit_b_16's last layer) or less than float16 holds (mobilenet_v2, 3e-9)."
+        "are right and what multiplies integers. A kernel that RTX compiles itself (attention) does not say what it multiplies and counts "
+        "as float. No SQNR where random weights give zeros (vit_b_16's last layer) or less than float16 holds (mobilenet_v2, 3e-9)."
     )
     wrong = [f"- {row.model}, {row.maker}, {row.precision}: {row.problem}" for row in rows if row.problem and row.intended]
     verdict = missed(rows)
