@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 TYPES: Mapping[str, str] = {"f16": "FLOAT16", "bf16": "BFLOAT16"}
 WIDE = frozenset(
     {
-        *("LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization", "MeanVarianceNormalization"),
+        *(
+            "BatchNormalization",
+            "LayerNormalization",
+            "InstanceNormalization",
+            "GroupNormalization",
+            "RMSNormalization",
+            "MeanVarianceNormalization",
+        ),
         *("LRN", "LpNormalization", "Softmax", "LogSoftmax", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2"),
         *("ReduceLogSum", "ReduceLogSumExp", "ReduceProd", "Pow", "Exp", "Log", "CumSum", "NonMaxSuppression"),
         *("Range", "ConstantOfShape", "EyeLike", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
@@ -36,6 +43,7 @@ WIDE = frozenset(
 FOLLOWING = frozenset({"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Abs", "Clip", "Max", "Min"})
 FLOAT32_INPUTS: Mapping[str, tuple[int, ...]] = {"Resize": (1, 2)}
 LARGEST_HALF = 65504.0
+SMALLEST_HALF = 2.0**-24
 NAMED = 4
 
 
@@ -72,6 +80,7 @@ class _Writer:
         self.kinds: dict[ir.Node, ir.DataType] = {}
         self.kept: list[str] = []  # weighted operators that a scale keeps in float32
         self.clamped: list[str] = []
+        self.lost: list[str] = []  # single numbers, such as an epsilon, that became 0
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def write(self) -> None:
@@ -99,6 +108,8 @@ class _Writer:
             found.append(f"in float32 for a scale under {LEAST_HALF_SCALE:g}, which float16 does not hold: {_named(self.kept)}")
         if self.clamped:
             found.append(f"constants over {LARGEST_HALF:g} became that number: {_named(self.clamped)}")
+        if self.lost:
+            found.append(f"constants under {SMALLEST_HALF:g} became 0: {_named(self.lost)}")
         return found
 
     def _values(self, nodes: list[ir.Node]) -> list[ir.Value]:
@@ -192,6 +203,8 @@ class _Writer:
             if over.any():
                 self.clamped.append(value.name or "")
                 array = np.where(over, np.copysign(np.float32(LARGEST_HALF), array), array)
+            if array.size == 1 and array.any() and not array.astype(np.float16).any():
+                self.lost.append(value.name or "")
         tensor = ir.tensor(array.astype(kind.numpy()), dtype=kind, name=name)
         made = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(kind))
         self.graph.register_initializer(made)

@@ -132,6 +132,12 @@ def test_an_almost_empty_channel_gets_a_scale_that_float16_holds():
     np.testing.assert_allclose(run(made, x=x)["y"], run(model, x=x)["y"], atol=0.05)
 
 
+def test_an_epsilon_that_float16_does_not_hold_is_told():
+    model = graph("(float[1,2] x) => (float[1,2] y) { y = Add (x, e) }", e=np.float32(1e-9))
+    assert typed(model, "f16")[1] == ("constants under 5.96046e-08 became 0: e",)
+    assert typed(model, "bf16")[1] == ()
+
+
 def test_long_lists_are_cut_short():
     constants = {f"c{index}": np.full(1, 1e6, np.float32) for index in range(6)}
     body = " ".join(f"t{index} = Add ({'x' if index == 0 else f't{index - 1}'}, c{index})" for index in range(6))
