@@ -27,16 +27,10 @@ if TYPE_CHECKING:
 TYPES: Mapping[str, str] = {"f16": "FLOAT16", "bf16": "BFLOAT16"}
 WIDE = frozenset(
     {
-        *(
-            "BatchNormalization",
-            "LayerNormalization",
-            "InstanceNormalization",
-            "GroupNormalization",
-            "RMSNormalization",
-            "MeanVarianceNormalization",
-        ),
+        *("BatchNormalization", "LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization"),
         *("LRN", "LpNormalization", "Softmax", "LogSoftmax", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2"),
-        *("ReduceLogSum", "ReduceLogSumExp", "ReduceProd", "Pow", "Exp", "Log", "CumSum", "NonMaxSuppression"),
+        *("ReduceLogSum", "ReduceLogSumExp", "ReduceProd", "Pow", "Exp", "Log", "CumSum"),
+        *("MeanVarianceNormalization", "NonMaxSuppression"),
         *("Range", "ConstantOfShape", "EyeLike", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
     }
 )
