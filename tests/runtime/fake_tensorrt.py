@@ -57,6 +57,8 @@ class Fake:
             if kind in self.names:
                 members = {name: index for index, name in enumerate(self.names[kind].split())}
                 setattr(self.module, kind, SimpleNamespace(**members))
+        if "init_libnvinfer_plugins" in self.names["module"].split():
+            self.module.init_libnvinfer_plugins = self._note("init_libnvinfer_plugins", True)
         self.module.ILogger = type("ILogger", (), {})
         for kind in ("Builder", "OnnxParser", "Runtime"):
             setattr(self.module, kind, getattr(self, f"_{kind.lower()}"))

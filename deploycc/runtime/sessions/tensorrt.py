@@ -64,6 +64,7 @@ def open(model: Path, signature: Signature, runtime: Mapping[str, str], threads:
     facts = describe(str(trt.__version__), gpu, model, recipe)
     engine = _engine(trt, model, recipe, facts)
     log = logger(trt)
+    trt.init_libnvinfer_plugins(log, "")  # some operators are plug-ins (InstanceNormalization in 8), which only the parser registers
     loader = trt.Runtime(log)
     if recipe.version_compatible:
         loader.engine_host_code_allowed = True  # the engine brings the runtime of its own version
