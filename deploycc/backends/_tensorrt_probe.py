@@ -30,6 +30,7 @@ KNOWN = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")  # of TensorRT-RTX 1.
 PRODUCTS = frozenset({"correlation", "gemm"})  # layers that multiply: convolutions, and products of matrices
 INT8 = "Int8"
 COMPILED = "a compiled kernel"
+ROUNDS = "Roun"  # what the name of a compiled kernel has for each tensor that it rounds
 LINE = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)")
 DATATYPE = re.compile(r"Datatype: ([^,}\]]+)")
 SOURCE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
@@ -68,8 +69,12 @@ class Layer:
 
     @property
     def roundings(self) -> int:
-        """How many tensors it rounds to integers; what only moves integers rounds nothing."""
-        return self.gives.count(INT8) if self.multiplies or set(self.inputs) != {INT8} else 0
+        """How many tensors it rounds to integers; what only moves integers rounds nothing.
+
+        Its outputs do not show what is rounded and read again inside it, its name may be cut short: the larger of the two counts.
+        """
+        given = self.gives.count(INT8) if self.multiplies or set(self.inputs) != {INT8} else 0
+        return max(given, self.name.count(ROUNDS))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,9 @@ import onnx_ir as ir
 import pytest
 from graphs import graph, onnx_artifact
 
+from deploycc.backends import _tensorrt_rules as rules
 from deploycc.backends._sixteen_bits import emulated, typed, with_float_weights
+from deploycc.core.target import load
 from deploycc.forms.onnx import OnnxForm
 
 RNG = np.random.default_rng(0)
@@ -128,6 +130,7 @@ def test_an_almost_empty_channel_gets_a_scale_that_float16_holds():
     assert (raised[3] == 0).all()
     np.testing.assert_array_equal(raised[5], np.rint(codes[5] * (3e-5 / 6.2e-5)))
     np.testing.assert_array_equal(np.delete(raised, (3, 5), axis=0), np.delete(codes, (3, 5), axis=0))
+    assert rules.scales_are_positive(onnx_artifact(made), load("cuda-tensorrt")) == []
     x = some(1, 16, 4, 4)
     np.testing.assert_allclose(run(made, x=x)["y"], run(model, x=x)["y"], atol=0.05)
 
