@@ -20,6 +20,7 @@ from deploycc.bench.result import Accuracy, BenchResult, Verdict
 from deploycc.core.artifact import Artifact
 from deploycc.core.contract import Built
 from deploycc.core.pipeline import Pipeline
+from deploycc.core.target import Substitutes
 from deploycc.package.manifest import Decision, LimitCheck
 from deploycc.planning import Plan
 
@@ -117,7 +118,9 @@ def decide(
         )
     if bench is None:
         why = "the run was stopped before latency was measured" if interrupted else f"latency is not measured: {planned.misfit}"
-        return outcome(COMPILED, f"it passed the accuracy gate; {why}")
+        stands_in = isinstance(planned.backend, Substitutes) and planned.backend.absent(planned.target) is not None
+        judge = ", judged by a reference in place of the runtime" if stands_in else ""
+        return outcome(COMPILED, f"it passed the accuracy gate{judge}; {why}")
     ratio = bench.ratio(COMPILED, FLOAT)
     over = [check.name for check in check_limits(planned, parent, FLOAT, bench) if check.met is False]
     kept = [check.name for check in check_limits(planned, passed[-1], COMPILED, bench) if check.met is False]

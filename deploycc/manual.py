@@ -110,7 +110,7 @@ def target_manual(name: str) -> str:
     target = targets.load(name)
     lines = [f"{name}: {target.title}", *([target.docs] if target.docs else []), ""]
     lines += [f'backend = "{target.backend}"', f'arch = "{target.arch}"', f'pipeline = "{target.pipeline}"', f"auto = {target.auto}"]
-    for section in ("hardware", "runtime", "quant", "limits", "bench"):
+    for section in ("hardware", "runtime", "engine", "quant", "limits", "bench"):
         values = getattr(target, section)
         fields = type(values).model_fields
         lines += ["", f"[{section}]"]
@@ -126,8 +126,10 @@ def _toml(value: Any) -> str:
         return "(none)"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple):
-        return "[" + ", ".join(f'"{item}"' for item in value) + "]"
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 

@@ -430,11 +430,16 @@ def _state(item: Mapping[str, Any]) -> str:
     return f"ok, {item['version']}" if item["version"] else f"missing: {item['missing']}; {item['install']}"
 
 
+def _gpu(found: Mapping[str, str] | None) -> str:
+    return f"{found['name']}, compute capability {found['capability']}, driver {found['driver']}" if found else "none"
+
+
 def diagnosis(found: Mapping[str, Any]) -> str:
     """What works here, what does not, why, and what to install."""
     lines = [
         f"deploycc {found['deploycc']}, Python {found['python']}",
         f"{found['cpu']} ({found['arch']}), {found['cores']} cores, {' '.join(found['flags']) or 'no special instructions'}",
+        f"NVIDIA GPU: {_gpu(found['gpu'])}",
         "",
     ]
     rows = [("BACKEND", "STATE")]

@@ -36,14 +36,14 @@ def inspection(found: Mapping[str, Any], *, every: bool = False) -> str:
         lines.append(f"  int8    {percent(coverage['int8_macs'])} of the MACs, {coverage['int8_operators']} operators")
         lines += [f"  float   {operator}: {reason}" for operator, reason in coverage["float_operators"]]
     if found["kernels"] is not None:
-        lines += _kernels(found["kernels"], every=every)
+        lines += _kernels(found["kernels"], found["graph_of"], every=every)
     return "\n".join(lines)
 
 
-def _kernels(kernels: Sequence[Mapping[str, Any]], *, every: bool) -> list[str]:
+def _kernels(kernels: Sequence[Mapping[str, Any]], graph: str, *, every: bool) -> list[str]:
     """How many of each kind in each precision, and the MACs that they make."""
     total = sum(kernel["macs"] or 0 for kernel in kernels)
-    lines = ["", f"the runtime's own graph, {len(kernels)} kernels:"]
+    lines = ["", f"{graph}, {len(kernels)} kernels:"]
     if every:
         rows = [(kernel["precision"], _share(kernel["macs"], total), kernel["operator"], kernel["name"]) for kernel in kernels]
         return [*lines, manual.table([("PRECISION", "MACS", "KERNEL", "NAME"), *rows], indent="  ")]

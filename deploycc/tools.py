@@ -24,12 +24,13 @@ from deploycc.core.target import Bench
 from deploycc.errors import DeployError, UsageError
 from deploycc.planning import find_source, open_dataset
 from deploycc.runtime import bundle as bundles
-from deploycc.runtime import host, sessions
+from deploycc.runtime import cuda, host, sessions
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
 
 Shapes = Mapping[str, tuple[int | str, ...]]
 OPTIONAL = {
     "accelerate": ("accelerate (passes that train)", "pip install 'deploycc[train]'"),
+    "tensorrt_rtx": ("TensorRT-RTX (checks bundles for TensorRT without a GPU)", "pip install 'deploycc[tensorrt-rtx]'"),
     "sklearn": ("scikit-learn (data source sklearn:digits)", "pip install 'deploycc[sklearn]'"),
 }
 INTERESTING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve")
@@ -153,6 +154,7 @@ def inspect(thing: str, *, inputs: Shapes, weights: Path | None, random_weights:
             "signature": loaded.signature.to_json(),
             "coverage": manifest["shipped"]["coverage"],
             "kernels": _kernels(manifest["target"]["backend"], loaded.model, manifest["runtime"]),
+            "graph_of": _graph_of(manifest["target"]["backend"]),
             "decision": manifest.get("decision"),
             "notices": manifest.get("notices", []),
             "files": [{"path": item["path"], "bytes": (loaded.folder / item["path"]).stat().st_size} for item in bundles.listed(manifest)],
@@ -171,6 +173,7 @@ def inspect(thing: str, *, inputs: Shapes, weights: Path | None, random_weights:
         "operators": dict(Counter(form.operators(artifact.model)).most_common()),
         "coverage": coverage,
         "kernels": kernels,
+        "graph_of": _graph_of("onnxruntime"),
         "notices": list(artifact.notices),
     }
 
@@ -191,7 +194,13 @@ def _kernels(name: str, model: Path, runtime: Mapping[str, str]) -> list[dict[st
     backend = BACKENDS.get(name) if name in BACKENDS.names() else None
     if not isinstance(backend, Maps) or not backend.available():
         return None
-    return [asdict(kernel) for kernel in backend.kernels(model, runtime)]
+    return [asdict(kernel) for kernel in backend.kernels(model, runtime)] or None
+
+
+def _graph_of(name: str) -> str:
+    """Whose graph the kernels are of."""
+    backend = BACKENDS.get(name) if name in BACKENDS.names() else None
+    return backend.shows if isinstance(backend, Maps) else ""
 
 
 def doctor() -> dict[str, Any]:
@@ -205,6 +214,7 @@ def doctor() -> dict[str, Any]:
         "arch": cpu_arch(),
         "flags": [flag for flag in INTERESTING_FLAGS if flag in flags],
         "cores": available_cores(),
+        "gpu": None if (gpu := cuda.gpu()) is None else asdict(gpu),
         "backends": [
             {"name": name, "version": item.version, "missing": item.missing, "install": item.install} for name, item in backends.items()
         ],

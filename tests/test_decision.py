@@ -101,6 +101,14 @@ def test_what_cannot_be_timed_ships_on_its_accuracy_and_says_so():
     assert "latency is not measured: it is for aarch64" in found.decision.reason
 
 
+def test_what_a_reference_judged_in_place_of_the_runtime_says_so():
+    planned = replace(plan("x.onnx", Options(target="cuda-tensorrt")), misfit="this machine has no GPU")
+    found = decide(planned, attempt(), [attempt()], None, interrupted=False)
+    assert found.decision.reason == (
+        "it passed the accuracy gate, judged by a reference in place of the runtime; latency is not measured: this machine has no GPU"
+    )
+
+
 def test_an_interrupted_run_ships_the_best_so_far(planned):
     assert decide(planned, attempt(), [], None, interrupted=True).decision.shipped == FLOAT
     stopped = decide(planned, attempt(), [attempt()], None, interrupted=True).decision

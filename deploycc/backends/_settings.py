@@ -19,12 +19,21 @@ def eight_bits(artifact: Artifact, target: Target) -> list[Violation]:
     return [Violation(f"target {target.name}", f"quant.activations = {kind}")] if kind == "int16" else []
 
 
-def float32_only(artifact: Artifact, target: Target) -> list[Violation]:
-    """This runtime computes float operators in float32.
+def processor_only(artifact: Artifact, target: Target) -> list[Violation]:
+    """Execution providers are ONNX Runtime's.
 
-    Leave runtime.precision out of the target, or use one whose backend is openvino or inductor.
+    Leave runtime.provider out of the target, or use one whose backend is onnxruntime.
     """
-    precision = target.runtime.precision
+    provider = target.runtime.provider
+    return [] if provider == "cpu" else [Violation(f"target {target.name}", f"runtime.provider = {provider}")]
+
+
+def float32_only(artifact: Artifact, target: Target) -> list[Violation]:
+    """This runtime computes float operators in float32 on a CPU.
+
+    Leave runtime.precision out of the target, or use one whose backend is openvino or inductor, or a GPU.
+    """
+    precision = "f32" if target.runtime.provider == "cuda" else target.runtime.precision
     return [] if precision == "f32" else [Violation(f"target {target.name}", f"runtime.precision = {precision}")]
 
 

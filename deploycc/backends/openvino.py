@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deploycc.backends import _openvino_graph as graph
-from deploycc.backends._settings import eight_bits, precision_in_hardware
+from deploycc.backends._settings import eight_bits, precision_in_hardware, processor_only
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Availability, Built, Constraint, Session, Violation
 from deploycc.core.kernels import Kernel
@@ -36,6 +36,7 @@ class OpenVino:
 
     name: ClassVar[str] = "openvino"
     accepts: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
+    shows: ClassVar[str] = "the runtime's own graph"
 
     def available(self) -> Availability:
         """Whether the package is installed."""
@@ -46,7 +47,7 @@ class OpenVino:
 
     def constraints(self) -> Sequence[Constraint]:
         """Activation types, precision, and operators with an implementation."""
-        return (eight_bits, precision_in_hardware, reads_graph)
+        return (eight_bits, processor_only, precision_in_hardware, reads_graph)
 
     def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
         """Write model.xml and model.bin, and read from the compiled model which precision computes what."""

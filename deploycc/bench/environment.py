@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from deploycc.runtime import cuda
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
 
 # The extensions that decide which kernels a runtime picks.
@@ -21,7 +22,7 @@ LIBRARIES = ("numpy", "torch", "torchvision", "onnx", "onnx-ir", "onnxruntime", 
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
-MACHINE = ("cpu_model", "arch", "isa", "cores", "cpu_limit", "governor", "virtual")  # unlike in one of these: not comparable
+MACHINE = ("cpu_model", "arch", "isa", "cores", "cpu_limit", "governor", "virtual", "gpu")  # unlike in one of these: not comparable
 
 
 class Environment(BaseModel):
@@ -40,6 +41,7 @@ class Environment(BaseModel):
         libraries: versions of those installed that run models.
         threads: threads the sessions were given.
         load: mean number of running processes over the last minute, None where unknown.
+        gpu: name and driver of the NVIDIA GPU, None without one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,6 +58,7 @@ class Environment(BaseModel):
     libraries: dict[str, str]
     threads: int
     load: float | None
+    gpu: str | None = None
 
     def warnings(self) -> tuple[str, ...]:
         """What about this machine makes times unreliable."""
@@ -87,6 +90,7 @@ def capture(threads: int) -> Environment:
         libraries={name: version for name in LIBRARIES if (version := _version(name)) is not None},
         threads=threads,
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        gpu=f"{found.name}, driver {found.driver}" if (found := cuda.gpu()) else None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,13 @@ class Kernel:
 
 @runtime_checkable
 class Maps(Protocol):
-    """A backend whose runtime shows the graph that it computes."""
+    """A backend whose runtime shows the graph that it computes.
+
+    Attributes:
+        shows: whose graph it is, in words.
+    """
+
+    shows: ClassVar[str]
 
     def kernels(self, model: Path, runtime: Mapping[str, str]) -> Sequence[Kernel]:
         """Of a file that it built and the manifest's table of the runtime, in the graph's order."""

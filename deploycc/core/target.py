@@ -9,9 +9,9 @@ import tomllib
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
 from deploycc.core.registry import BACKENDS, PASSES, suggest
 from deploycc.core.spec import parse_specs
@@ -27,6 +27,9 @@ class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+Sizes = Annotated[tuple[StrictInt, StrictInt, StrictInt], Field(strict=False)]  # TOML has lists
+
+
 class Hardware(_Table):
     """Facts about the device; `requires` is what the loader refuses to run without."""
 
@@ -34,6 +37,9 @@ class Hardware(_Table):
     requires: tuple[str, ...] = Field(default=(), strict=False, description="CPU flags the loader refuses to run without")
     lacks: tuple[str, ...] = Field(default=(), strict=False, description="CPU flags a build must not assume")
     memory_mb: int | None = Field(default=None, ge=1, description="memory of the device in MB")
+    compute_capability: str | None = Field(
+        default=None, pattern=r"^\d+\.\d$", description="least compute capability of its NVIDIA GPU; none = it needs no GPU"
+    )
 
 
 class Runtime(_Table):
@@ -43,6 +49,27 @@ class Runtime(_Table):
     opset: int = Field(default=20, ge=13, le=24, description="ONNX opset of the artifact")
     ir_version: int = Field(default=10, ge=7, le=12, description="newest ONNX IR version the runtime reads")
     precision: Literal["f32", "bf16", "f16"] = Field(default="f32", description="what float operators are computed in")
+    provider: Literal["cpu", "cuda"] = Field(default="cpu", description="which execution provider of ONNX Runtime computes")
+
+
+class Engine(_Table):
+    """How an engine is built from the artifact, on the device (TensorRT)."""
+
+    axes: dict[str, Sizes] = Field(default={}, description="named axis → least, most likely and largest size: what the engine is built for")
+    workspace_mb: int | None = Field(default=None, ge=1, description="scratch memory of builder and engine in MB")
+    optimization_level: int = Field(default=3, ge=0, le=5, description="how long the builder searches")
+    hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"] = Field(
+        default="none", description="which other GPUs may load the engine"
+    )
+    version_compatible: bool = Field(default=False, description="later versions of the runtime may load the engine")
+    check_seconds: int = Field(default=300, ge=0, description="limit of each build that checks the artifact here; 0 = no check")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name, (least, likely, largest) in self.axes.items():
+            if not 1 <= least <= likely <= largest:
+                raise ValueError(f"axes: {name} is {least}, {likely}, {largest}; write least ≤ most likely ≤ largest, from 1")
+        return self
 
 
 class Quant(_Table):
@@ -93,6 +120,7 @@ class Target(_Table):
     auto: int = Field(default=0, ge=0, description="preference of `--target auto` among the targets that fit the machine; 0 = never")
     hardware: Hardware = Hardware()
     runtime: Runtime = Runtime()
+    engine: Engine = Engine()
     quant: Quant = Quant()
     limits: Limits = Limits()
     bench: Bench = Bench()
@@ -237,6 +265,15 @@ def machine() -> tuple[str, frozenset[str]]:
     return cpu_arch(), cpu_flags()
 
 
+@runtime_checkable
+class Substitutes(Protocol):
+    """A backend that builds also where its runtime is not; there `open` gives a reference in place of the runtime, and nothing is timed."""
+
+    def absent(self, target: Target) -> str | None:
+        """Why the runtime is not here, or None where `open` gives it."""
+        ...
+
+
 def misfit(target: Target) -> str | None:
     """Why `target` cannot run on this machine, or None when it can."""
     arch, flags = machine()
@@ -244,7 +281,13 @@ def misfit(target: Target) -> str | None:
         return f"it is for {target.arch}, this machine is {arch}"
     if missing := [flag for flag in target.hardware.requires if flag not in flags]:
         return f"this CPU lacks {', '.join(missing)}"
-    return None
+    if least := target.hardware.compute_capability:
+        from deploycc.runtime import cuda
+
+        if reason := cuda.lacks(least, cuda.gpu()):
+            return reason
+    backend = BACKENDS.get(target.backend)
+    return backend.absent(target) if isinstance(backend, Substitutes) else None
 
 
 def automatic() -> Target:

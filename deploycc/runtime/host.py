@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deploycc.errors import MismatchError
-from deploycc.runtime import sessions
+from deploycc.runtime import cuda, sessions
 from deploycc.runtime.machine import cpu_arch, cpu_flags, cpu_model
 
 STATUS = Path("/proc/self/status")
@@ -54,13 +54,17 @@ def check_host(
             fix="compile for a target without that requirement (deploycc targets), or run it on such a CPU: "
             "here its numbers could differ from those that were checked",
         )
+    least = target.get("hardware", {}).get("compute_capability")
+    if least and (reason := cuda.lacks(least, cuda.gpu())):
+        raise MismatchError(f"the bundle does not run here: {reason}", fix="run it on its device, or compile for this machine")
     installed = (version or _installed)(runtime["session"])
     package, minimum = runtime["package"], runtime.get("minimum") or ""
     wanted = f"{package}>={minimum}" if minimum else package
+    install = runtime.get("install") or f"pip install '{wanted}'"
     if installed is None:
-        raise MismatchError(f"the bundle runs on {wanted}, and {package} is not installed", fix=f"pip install '{wanted}'")
+        raise MismatchError(f"the bundle runs on {wanted}, and {package} is not installed", fix=install)
     if version_numbers(installed) < version_numbers(minimum):
-        raise MismatchError(f"the bundle needs {wanted}, this machine has {package} {installed}", fix=f"pip install '{wanted}'")
+        raise MismatchError(f"the bundle needs {wanted}, this machine has {package} {installed}", fix=install)
 
 
 def _installed(session: str) -> str | None:

@@ -64,6 +64,7 @@ def test_the_text_sums_by_precision_or_lists_everything(every, lines):
     found = {
         "kind": "onnx", "name": "net.onnx", "signature": {"inputs": [], "outputs": []}, "bytes": 10, "parameters": 3, "macs": 400,
         "operators": {"Conv": 3}, "notices": [], "coverage": {"int8_macs": 0.75, "int8_operators": 2, "float_operators": []},
+        "graph_of": "the runtime's own graph",
         "kernels": [dict(zip(("name", "operator", "precision", "macs"), row, strict=True)) for row in table],
     }  # fmt: skip
     text = inspection(found, every=every)

@@ -1,9 +1,12 @@
+import json
+
 import pytest
 
 from deploycc.core import target as targets
 from deploycc.core.contract import TARGET_PARTS
 from deploycc.core.target import Target, load
 from deploycc.errors import TargetError, UnknownName
+from deploycc.runtime import cuda
 
 BASE = """
 title = "a board"
@@ -105,6 +108,40 @@ def test_misfit_names_the_architecture_or_the_missing_flags(monkeypatch):
     assert targets.misfit(make(arch="aarch64")) == "it is for aarch64, this machine is x86_64"
     monkeypatch.setattr(targets, "machine", lambda: ("x86_64", frozenset({"avx2", "avx512_vnni"})))
     assert targets.misfit(make()) is None
+
+
+def test_misfit_names_the_gpu_or_the_runtime_that_is_not_here(monkeypatch):
+    target = targets.load("cuda-tensorrt")
+    monkeypatch.setattr(cuda, "gpu", lambda: None)
+    assert "this machine has none" in (targets.misfit(target) or "")
+    monkeypatch.setattr(cuda, "gpu", lambda: cuda.Gpu("A GPU", "7.5", "580"))
+    assert targets.misfit(target) == "it is for compute capability 8.0 or higher, this GPU (A GPU) has 7.5"
+    monkeypatch.setattr(cuda, "gpu", lambda: cuda.Gpu("A GPU", "9.0", "580"))
+    from deploycc.runtime.sessions import tensorrt
+
+    monkeypatch.setattr(tensorrt, "version", lambda: None)
+    assert "TensorRT is not installed" in (targets.misfit(target) or "")
+    monkeypatch.setattr(tensorrt, "version", lambda: "11.4")
+    assert targets.misfit(target) is None
+
+
+@pytest.mark.parametrize("sizes", [[0, 1, 2], [2, 1, 3], [1, 3, 2], [1, 2], ["1", "2", "3"], [1, 2, 3.5]])
+def test_sizes_of_an_axis_are_three_in_order(tmp_path, sizes):
+    text = f'inherit = "cuda-tensorrt"\n[engine.axes]\nN = {json.dumps(sizes)}\n'
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(TargetError, match=r"engine"):
+        load(str(tmp_path / "mine.toml"))
+
+
+def test_the_sizes_of_an_axis_are_inherited_axis_by_axis(tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        'inherit = "cuda-tensorrt"\n[engine]\naxes = {rows = [1, 2, 3]}\n[hardware]\ncompute_capability = "8.6"\n'
+    )
+    target = load(str(tmp_path / "mine.toml"))
+    assert target.engine.axes == {"rows": (1, 2, 3)}
+    (tmp_path / "mine.toml").write_text('inherit = "cuda-tensorrt"\n[hardware]\ncompute_capability = "86"\n')
+    with pytest.raises(TargetError, match=r"hardware\.compute_capability"):
+        load(str(tmp_path / "mine.toml"))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from deploycc.runtime import cuda
+
 TARGET = ("--target", "quick.toml")
 DATA = ("--data", "data.npz", "--calibration", "calibration.npz")
 
@@ -188,6 +190,29 @@ def test_another_architecture_is_built_and_checked_but_never_timed(deploycc, tmp
     refused = deploycc("verify", tmp_path / "b")
     assert refused.status == 1
     assert "aarch64" in refused.err
+
+
+@pytest.mark.skipif(cuda.gpu() is not None, reason="this machine has an NVIDIA GPU")
+def test_without_a_gpu_tensorrt_is_built_and_checked_but_never_timed(deploycc, tmp_path):
+    result = deploycc("compile", "net.py:make", "--target", "cuda-tensorrt", *DATA, "-o", tmp_path / "b", "--max-latency", "5ms", "--json")
+    assert result.status == 0, result.err
+    document = result.json
+    reason = document["decision"]["reason"]
+    assert document["decision"]["shipped"] == "compiled"
+    assert "judged by a reference in place of the runtime; latency is not measured: it is for an NVIDIA GPU" in reason
+    assert all(row["p50_ms"] is None for row in document["candidates"])
+    assert {check["name"]: check["met"] for check in document["limits"]}["latency_p95_ms"] is None
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    assert any(note.startswith("not measured: TensorRT did not run here") for note in manifest["shipped"]["notes"])
+    assert manifest["runtime"]["trtexec"].startswith("trtexec --onnx=model.onnx --stronglyTyped")
+    report = (tmp_path / "b" / "report.html").read_text()
+    assert "not measured: TensorRT did not run here" in report
+    assert "No latencies" in report
+    refused = deploycc("verify", tmp_path / "b")
+    assert refused.status == 1
+    assert "this machine has none" in refused.err
+    shown = deploycc("inspect", tmp_path / "b")
+    assert "not run here" in shown.out
 
 
 @pytest.mark.parametrize("target", ["x86-fbgemm", "arm64-qnnpack"])

@@ -14,7 +14,7 @@ from PIL import Image
 from deploycc.errors import BundleError, DataError, MismatchError
 from deploycc.package.bundle import write
 from deploycc.package.manifest import Contents
-from deploycc.runtime import host
+from deploycc.runtime import cuda, host
 from deploycc.runtime.bundle import (
     MANIFEST,
     Golden,
@@ -224,6 +224,28 @@ def test_a_missing_runtime_is_named():
     with pytest.raises(MismatchError, match=r"onnxruntime is not installed\n.*pip install 'onnxruntime>=1.30'"):
         host.check_host(manifest(), version=lambda session: None)
     host.check_host(manifest(minimum=""))  # no least version, and the real one is installed
+
+
+def test_how_to_install_a_runtime_is_the_bundles_own_word():
+    document = manifest()
+    document["runtime"]["install"] = "ask the vendor"
+    for installed in (None, "0.1"):
+        with pytest.raises(MismatchError) as caught:
+            host.check_host(document, version=lambda session, installed=installed: installed)
+        assert caught.value.fix == "ask the vendor"
+
+
+def test_a_gpu_that_is_not_here_or_too_old_is_named(monkeypatch: pytest.MonkeyPatch):
+    document = manifest()
+    document["target"]["hardware"] = {"compute_capability": "8.0"}
+    monkeypatch.setattr(cuda, "gpu", lambda: None)
+    with pytest.raises(MismatchError, match="this machine has none"):
+        host.check_host(document)
+    monkeypatch.setattr(cuda, "gpu", lambda: cuda.Gpu("A GPU", "7.5", "580"))
+    with pytest.raises(MismatchError, match=r"this GPU \(A GPU\) has 7\.5"):
+        host.check_host(document)
+    monkeypatch.setattr(cuda, "gpu", lambda: cuda.Gpu("A GPU", "8.6", "580"))
+    host.check_host(document)
 
 
 def test_memory_is_read_and_unknown_stays_unknown(tmp_path: Path):

@@ -1,4 +1,8 @@
-"""ONNX Runtime on the CPU, the way a device runs a bundle: all graph optimizations, one stream, explicit threads."""
+"""ONNX Runtime the way a device runs a bundle: all graph optimizations, one stream, explicit threads; on the CPU, or on an NVIDIA GPU.
+
+On a GPU every operator must be the CUDA provider's: ONNX Runtime gives what it lacks to the CPU, and copies to and fro in every call,
+without a word. Here that is an error. Float32 is float32: TF32, with 10 bits of mantissa, is off.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,21 @@ TOO_NEW = (
 )
 
 
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+OPTIONS = {"CPUExecutionProvider": {}, "CUDAExecutionProvider": {"use_tf32": "0"}}
+GPU_INSTALL = "pip uninstall onnxruntime; pip install onnxruntime-gpu"
+
+
+def providers() -> tuple[str, ...]:
+    """Execution providers of the installed ONNX Runtime; none where it is not installed."""
+    try:
+        import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError:
+        return ()
+    ort: Any = onnxruntime
+    return tuple(ort.get_available_providers())
+
+
 def version() -> str | None:
     """Version of the installed onnxruntime, or None; imports nothing."""
     for package in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"):
@@ -32,7 +51,7 @@ def open(model: Path, signature: Signature, runtime: Mapping[str, str], threads:
     """Load an .onnx file; weights stored beside it are found.
 
     Raises:
-        MismatchError: ONNX Runtime is not installed, or is too old for the file; names both versions.
+        MismatchError: ONNX Runtime is not installed, is too old for the file (names both versions), or lacks the manifest's provider.
         BundleError: ONNX Runtime cannot load the file, or the file's inputs and outputs are not those of `signature`.
     """
     try:
@@ -49,10 +68,23 @@ def open(model: Path, signature: Signature, runtime: Mapping[str, str], threads:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
+    wanted = PROVIDERS.get(runtime.get("provider", "cpu"), "")
+    if wanted not in ort.get_available_providers():
+        raise MismatchError(
+            f"{model.name} is for the provider '{runtime.get('provider')}', which ONNX Runtime {ort.__version__} does not have here",
+            fix=runtime.get("install") or GPU_INSTALL,
+        )
+    if wanted != PROVIDERS["cpu"]:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        loaded = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        loaded = ort.InferenceSession(str(model), options, providers=[(wanted, OPTIONS[wanted])])
     except Exception as error:
         raise _explained(model, str(error), str(ort.__version__), runtime) from error
+    if wanted not in loaded.get_providers():  # a provider that cannot load its libraries is left out, and only logged
+        raise MismatchError(
+            f"{model.name} would run on {', '.join(loaded.get_providers())}: {wanted} does not start here",
+            fix="install the CUDA and cuDNN that this onnxruntime-gpu asks for (its log says which library is missing)",
+        )
     for kind, specs, found in (
         ("inputs", signature.inputs, loaded.get_inputs()),
         ("outputs", signature.outputs, loaded.get_outputs()),
