@@ -83,7 +83,7 @@ def _in_float(graph: Any, node: Any) -> None:
             quantizer = source.producer() if source is not None else None
             if quantizer is None or quantizer.op_type != Q:
                 raise Unfit(f"{maker.name} reads integers that no QuantizeLinear makes")
-            node.replace_input_with(index, quantizer.inputs[0])
+            node.replace_input_with(index, _as(quantizer.inputs[0], maker.outputs[0].dtype, node))
             continue
         assert scale is not None and old is not None and old.dtype is not None  # noqa: PT018  # the backend's rules have looked
         array = (codes.astype(np.float32) * _along(scale, codes.ndim, maker).astype(np.float32)).astype(scale.dtype)
@@ -92,6 +92,18 @@ def _in_float(graph: Any, node: Any) -> None:
         weights.type = ir.TensorType(old.dtype)
         graph.register_initializer(weights)
         node.replace_input_with(index, weights)
+
+
+def _as(value: Any, kind: Any, reader: Any) -> Any:
+    """In the type that DequantizeLinear gave it: Q/DQ may go from one float type to another."""
+    import onnx_ir as ir
+
+    if value.dtype == kind:
+        return value
+    cast = ir.node("Cast", [value], {"to": int(kind)}, name=f"{reader.name}_{value.name}_Cast")
+    cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].type = f"{cast.name}_output", value.shape, ir.TensorType(kind)
+    reader.graph.insert_before(reader, cast)
+    return cast.outputs[0]
 
 
 def _along(scale: np.ndarray, rank: int, node: Any) -> np.ndarray:

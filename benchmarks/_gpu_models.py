@@ -131,10 +131,10 @@ def prepare(given: Given, folder: Path, target_name: str = TARGET) -> Net:
     fixed = source.load(ModelRequest(text=given.text, random_weights=not given.real))
     shapes: dict[str, tuple[int | str, ...]] = {spec.name: ("N", *spec.shape[1:]) for spec in fixed.signature.inputs}
     reference = source.load(ModelRequest(text=given.text, random_weights=not given.real, inputs=shapes))
-    if not given.real:
-        awaken(reference.model)
     what, *parts = pictures_here()
     calibration, judging = ([_arrays(picture, reference) for picture in part] for part in parts)
+    if not given.real:
+        awaken(reference.model, calibration)
     data = in_memory(list(_samples(calibration)), list(_samples(judging)))
     context = Context(target, reference, data, 0, folder)
     say(f"{given.name}: writing the float graph")
@@ -145,15 +145,27 @@ def prepare(given: Given, folder: Path, target_name: str = TARGET) -> Net:
     return replace(net, wanted=tuple(answers(net, graph.model)))
 
 
-def awaken(module: Any) -> None:
-    """Random numbers for weights that are all zero before training (the head of torchvision's ViT): silence has no SQNR."""
+def awaken(module: Any, pictures: Sequence[Arrays]) -> None:
+    """Give a network with random weights activations like those of a trained one; in place.
+
+    Weights that are all zero before training (the head of torchvision's ViT) get random numbers: silence has no SQNR. BatchNorms get the
+    statistics of real pictures: without, activations of MobileNetV2 fall to 1e-9, which float16 does not hold.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
+    norms = [item for item in module.modules() if isinstance(item, torch.nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim > 1 and not parameter.any():
                 parameter.normal_(std=0.02, generator=generator)
+        if not norms:
+            return
+        for norm in norms:
+            norm.train().reset_running_stats()
+            norm.momentum = None  # the mean over all calls
+        module(*(torch.from_numpy(array) for array in stacked(pictures).values()))
+        module.eval()
 
 
 def quantize(graph: Artifact, context: Context) -> tuple[Artifact | None, str]:

@@ -131,7 +131,8 @@ def measure(trt: Any, driver: Driver, job: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError("TensorRT does not load the engine that it built")
     context = engine.create_execution_context()
     context.set_input_shape(job["input"], tuple(job["shape"]))
-    sizes = {name: FLOAT * math.prod(context.get_tensor_shape(name)) for name in (job["input"], job["output"])}
+    shapes = {job["input"]: job["shape"], job["output"]: context.get_tensor_shape(job["output"])}
+    sizes = {name: FLOAT * math.prod(shape) for name, shape in shapes.items()}
     places = {name: driver.memory(size) for name, size in sizes.items()}
     for name, place in places.items():
         context.set_tensor_address(name, place)

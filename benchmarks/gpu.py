@@ -33,6 +33,7 @@ from _gpu_page import markdown
 from _gpu_peaks import SIZES, Peak, copy_gb_s, peaks
 from _gpu_rows import OUT_OF_TIME, Clock, Setting, brief, compare, failed, peaks_json
 from _quantizers_cases import Given
+from _quantizers_page import plain
 from _shared import RESULTS, say, slug, write
 
 from deploycc.errors import DeployError
@@ -131,9 +132,9 @@ def run(job: Job, givens: Sequence[Given], gpu: Gpu, clock: Clock, *, sizes: Seq
             try:
                 found = network(given, job, setting)
             except DeployError as error:
-                found = {"skipped": f"{error.what}; {error.fix}"}
+                found = {"skipped": plain(f"{error.what}; {error.fix}")}
             except Exception as error:  # noqa: BLE001  # one network must not cost the others
-                found = {"skipped": brief(error)}
+                found = {"skipped": plain(brief(error))}
         document["models"][given.name] = {**found, "seconds": time.perf_counter() - begin}
         write(job.out, NAME, document, markdown(document))
     return document
