@@ -6,7 +6,9 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -37,7 +39,7 @@ PACKAGES = (
     *("tensorrt-cu12", "tensorrt-rtx", "nvidia-cudnn-cu13", "nvidia-cublas"),
 )
 POWER = ("power.draw.instant", "power.draw")  # the second is a mean over a second on some GPUs
-POWER_EVERY_MS = 50
+POWER_EVERY_S = 0.05
 SMI = "nvidia-smi"
 SECONDS = 20
 
@@ -141,37 +143,46 @@ def versions() -> dict[str, str]:
 
 
 class Power:
-    """Mean watts while it is open, from nvidia-smi in a process of its own; `watts` is None where nothing was read."""
+    """Mean watts while it is open, read again and again in a thread; `watts` is None where nothing was read.
 
-    def __init__(self, command: Sequence[str] | None = None) -> None:
-        self._command = command
-        self._process: subprocess.Popen[str] | None = None
+    Each reading is an nvidia-smi of its own: what a looping one has printed into a pipe may be lost when it is ended.
+    """
+
+    def __init__(self, read: Callable[[], float | None] | None = None) -> None:
+        self._read = read or reading()
+        self._over = threading.Event()
+        self._found: list[float] = []
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self.watts: float | None = None
 
+    def _watch(self) -> None:
+        while self._read is not None and not self._over.is_set():
+            value = self._read()
+            if value is not None and value > 0:
+                self._found.append(value)
+            self._over.wait(POWER_EVERY_S)
+
     def __enter__(self) -> Power:
-        command = self._command or power_command()
-        if command is not None:
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._process is None:
-            return
-        self._process.terminate()
-        text, _ = self._process.communicate()
-        self.watts = mean_watts(text)
+        # A reading that is under way began before the end, and still counts.
+        self._over.set()
+        self._thread.join()
+        self.watts = steady(self._found)
 
 
-def power_command(asked: Ask = ask) -> list[str] | None:
-    """What prints the watts again and again; None where nvidia-smi knows none."""
-    for field in POWER:
+def reading(asked: Ask = ask) -> Callable[[], float | None] | None:
+    """What reads the watts once; None where nvidia-smi knows none."""
+
+    def read(field: str) -> float | None:
         answer = _query([field], asked)
-        if answer and number(answer[0]) is not None:
-            return [SMI, "--id=0", f"--query-gpu={field}", "--format=csv,noheader,nounits", f"--loop-ms={POWER_EVERY_MS}"]
-    return None
+        return number(answer[0]) if answer else None
+
+    return next((partial(read, field) for field in POWER if read(field) is not None), None)
 
 
-def mean_watts(text: str) -> float | None:
-    """Of the later half of the readings: before, the GPU was still on its way to its steady state."""
-    readings = [value for line in text.splitlines() if (value := number(line.strip())) is not None and value > 0]
+def steady(readings: Sequence[float]) -> float | None:
+    """Mean of the later half: before, the GPU was still on its way to its steady state. None without readings."""
     return fmean(readings[len(readings) // 2 :]) if readings else None

@@ -37,6 +37,7 @@ GIVEN = (
 )
 PIXELS = 224
 CALIBRATION, JUDGED, PROBES = 32, 32, 4
+UNUSED = "nothing on this machine runs it"
 COARSE = 14  # noise of that many pixels a side, enlarged
 
 Arrays = Mapping[str, np.ndarray]
@@ -123,8 +124,11 @@ def _some(folder: Path, count: int) -> list[np.ndarray]:
     return [read_image(path) for path in paths[:: max(1, len(paths) // count)][:count]]
 
 
-def prepare(given: Given, folder: Path, target_name: str = TARGET) -> Net:
-    """Capture, export, answer with the float graph on the CPU, quantize. Raises DeployError where there is no float graph."""
+def prepare(given: Given, folder: Path, target_name: str = TARGET, *, integers: bool = True) -> Net:
+    """Capture, export, answer with the float graph on the CPU, quantize where something here runs `integers`.
+
+    Raises DeployError where there is no float graph.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     target = opened(targets.load(target_name))
     source = find_source(given.text)
@@ -140,7 +144,7 @@ def prepare(given: Given, folder: Path, target_name: str = TARGET) -> Net:
     say(f"{given.name}: writing the float graph")
     graph = Pipeline.parse(FLOAT).trimmed(source.gives).run(reference, context)
     counted = count_macs(graph.model)
-    quantized, problem = quantize(graph, context)
+    quantized, problem = quantize(graph, context) if integers else (None, UNUSED)
     net = Net(given, target, reference, graph, quantized, problem, sum((counted or {}).values()), tuple(judging), (), what)
     return replace(net, wanted=tuple(answers(net, graph.model)))
 

@@ -29,6 +29,11 @@ ROWS: tuple[tuple[str, str, str, str, Mapping[str, str]], ...] = (
 )
 
 
+def runs_here(ort: Any) -> bool:
+    """Whether any row can be opened."""
+    return bool({CUDA, TENSORRT} & set(ort.get_available_providers()))
+
+
 class FellBack(RuntimeError):
     """The provider that was asked for does not run the model."""
 

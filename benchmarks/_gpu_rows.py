@@ -86,6 +86,8 @@ def brief(error: BaseException) -> str:
 
 def compare(net: Net, ways: Sequence[Way], batch: int, setting: Setting) -> tuple[list[dict[str, Any]], BenchResult | None]:
     """Rows in the order of `ways`, and the raw samples; a way that fails is a row that says so."""
+    import torch
+
     found: dict[str, dict[str, Any]] = {}
     probes = tensors(net.probes(batch), setting.gpu.device)
     with ExitStack() as stack:
@@ -117,6 +119,7 @@ def compare(net: Net, ways: Sequence[Way], batch: int, setting: Setting) -> tupl
                 found[way.name] |= hosts.get(way.name, {})
                 found[way.name] |= figures(bench, way, net.macs, batch, setting.peaks.get(way.kind))
                 found[way.name] |= _energy(live[way.name], probes, batch, setting)
+    torch.cuda.empty_cache()  # for engines, whose memory is not PyTorch's; nothing without CUDA
     return list(found.values()), bench
 
 

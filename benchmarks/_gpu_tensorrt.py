@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from _gpu_clock import Arrays, Gpu, GpuSession, Tensors
 from _gpu_float8 import Unfit, float8
-from _gpu_models import Net, answers
+from _gpu_models import UNUSED, Net, answers
 from _gpu_rows import Way, brief
 from _gpu_torch import GRAPH, lacking
 
@@ -103,9 +103,13 @@ def target_of(net: Net, precision: str, capability: tuple[int, int]) -> Target:
     )
 
 
-def files(net: Net, folder: Path, capability: tuple[int, int], only: Sequence[str] = tuple(PRECISIONS)) -> dict[str, File]:
-    """One for each precision, with what ONNX Runtime on the CPU answers to it."""
+def files(
+    net: Net, folder: Path, capability: tuple[int, int], only: Sequence[str] = tuple(PRECISIONS), *, used: bool = True
+) -> dict[str, File]:
+    """One for each precision, with what ONNX Runtime on the CPU answers to it; none are written where nothing here would use them."""
     found: dict[str, File] = {}
+    if not used:
+        return {precision: File(precision, target_of(net, precision, capability)) for precision in only}
     for precision in only:
         place = folder / precision
         place.mkdir(parents=True, exist_ok=True)
@@ -142,7 +146,7 @@ def ways(net: Net, written: Mapping[str, File], batch: int, folder: Path, gpu: G
     """An engine and its CUDA graph for each file; where TensorRT is not here, why."""
     found: list[Way] = []
     for precision, file in written.items():
-        problem = file.problem or TensorRt().absent(file.target) or ""
+        problem = file.problem or TensorRt().absent(file.target) or ("" if file.built else UNUSED)
         place = folder / "engines" / f"{precision}-{batch}"
         for plain in (True, False):
             name = f"TensorRT {precision}" + ("" if plain else f", {GRAPH}")

@@ -69,9 +69,10 @@ class Job:
 def network(given: Given, job: Job, setting: Setting) -> dict[str, Any]:
     """All rows of one network; raises DeployError where it cannot be had at all."""
     folder = job.folder / given.name
-    net = prepare(given, folder)
-    say(f"{given.name}: writing a file for every precision")
-    written = engines.files(net, folder / "files", job.capability)
+    used = uses_files()
+    net = prepare(given, folder, integers=used)
+    say(f"{given.name}: a file for every precision" if used else f"{given.name}: nothing here runs ONNX files on the GPU")
+    written = engines.files(net, folder / "files", job.capability, used=used)
     older = None if job.tensorrt8 is None else _older(given, folder)
     batches: dict[str, Any] = {}
     for batch in job.batches:
@@ -79,13 +80,20 @@ def network(given: Given, job: Job, setting: Setting) -> dict[str, Any]:
         ways += engines.ways(net, written, batch, folder, setting.gpu)
         ways += _of_onnxruntime(net, written, setting.gpu)
         # The power of the largest batch alone: a call of one picture leaves most of the card idle.
-        used = setting if batch == max(job.batches) else replace(setting, energy_seconds=0.0)
-        rows, bench = compare(net, ways, batch, used)
+        shared = setting if batch == max(job.batches) else replace(setting, energy_seconds=0.0)
+        rows, bench = compare(net, ways, batch, shared)
         rows += _rows_of_version_8(older, batch, folder / "tensorrt8", job, setting)
         if bench is not None:
             bench.save(job.out / f"{NAME}.{given.name}.{batch}.bench.json")
         batches[str(batch)] = {"rows": rows, "warnings": list(bench.environment.warnings()) if bench else []}
     return {"real": given.real, "macs": net.macs, "pictures": net.source, "quantized": net.problem or "yes", "batches": batches}
+
+
+def uses_files() -> bool:
+    """Whether TensorRT, or an ONNX Runtime for GPUs, is here: writing and answering every file on the CPU takes minutes."""
+    import onnxruntime
+
+    return engines.session.version() is not None or ort_rows.runs_here(onnxruntime)
 
 
 def _of_onnxruntime(net: Net, written: Mapping[str, engines.File], gpu: Gpu) -> list[Any]:

@@ -262,14 +262,23 @@ def test_other_processes_on_the_gpu_are_counted_and_not_named(script):
 
 def test_watts_are_those_of_the_later_half_and_never_zero(script):
     facts = script("_gpu_facts")
-    assert facts.mean_watts("100\n[N/A]\n200\n600\n610\n") == pytest.approx(605.0)
-    assert facts.mean_watts("") is None
-    assert facts.mean_watts("0\n0.00\n[N/A]\n") is None
-    assert facts.power_command(smi({"power.draw": "80.5"}))[2] == "--query-gpu=power.draw"
-    assert facts.power_command(lambda command: None) is None
-    with facts.Power([sys.executable, "-c", "import time; print('50', flush=True); print('70', flush=True); time.sleep(60)"]) as power:
-        time.sleep(1)
-    assert power.watts == 70.0
+    assert facts.steady([100, 200, 600, 610]) == pytest.approx(605.0)
+    assert facts.steady([]) is None
+    answers = iter([100.0, None, 0.0, 300.0])
+    with facts.Power(lambda: next(answers, 500.0)) as power:
+        time.sleep(0.6)
+    assert power.watts == 500.0
+    with facts.Power(lambda: 0.0) as power:
+        time.sleep(0.1)
+    assert power.watts is None
+
+
+def test_power_is_asked_for_by_the_name_that_this_nvidia_smi_knows(script):
+    reading = script("_gpu_facts").reading
+    assert reading(smi({"power.draw": "80.5"}))() == 80.5
+    assert reading(smi({"power.draw.instant": "[N/A]", "power.draw": "81"}))() == 81.0
+    assert reading(smi({"power.draw.instant": "90", "power.draw": "81"}))() == 90.0
+    assert reading(lambda command: None) is None
 
 
 def test_a_command_that_is_missing_or_fails_says_nothing(script):
@@ -512,6 +521,17 @@ def test_without_tensorrt_every_row_says_how_to_get_it(script, tiny, written, gp
     ways = script("_gpu_tensorrt").ways(tiny, written, 2, tmp_path, gpu)
     assert len(ways) == 10
     assert all(way.open is None and "TensorRT is not installed" in way.problem for way in ways)
+
+
+def test_files_that_nothing_would_run_are_not_written(script, tiny, gpu, tmp_path, machine, monkeypatch):
+    engines = script("_gpu_tensorrt")
+    unused = engines.files(tiny, tmp_path, (9, 0), used=False)
+    assert list(tmp_path.iterdir()) == []
+    assert {way.problem for way in engines.ways(tiny, unused, 1, tmp_path, gpu)} == {"nothing on this machine runs it"}
+    assert script("gpu").uses_files()
+    monkeypatch.setattr(engines.session, "version", lambda: None)
+    assert not script("gpu").uses_files()
+    assert script("_gpu_onnxruntime").runs_here(Ort(["CPUExecutionProvider", "CUDAExecutionProvider"], []))
 
 
 def test_an_engine_is_built_for_its_batch_once_and_loaded_for_its_graph(script, tiny, written, gpu, tmp_path, machine, monkeypatch):
