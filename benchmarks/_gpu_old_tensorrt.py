@@ -118,7 +118,7 @@ def figures(nanoseconds: list[int], macs: int, batch: int, peak: Peak | None) ->
 
 
 def call(python: Path, request: Path, seconds: float) -> str:
-    """Run the other Python; its last words where it fails, else ""."""
+    """Run the other Python; its last line where it fails or crashes, else ""."""
     script = Path(__file__).with_name("_gpu_tensorrt8.py")
     paths = [str(script.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -129,4 +129,7 @@ def call(python: Path, request: Path, seconds: float) -> str:
         return f"the other Python did not end within {seconds:.0f} s"
     except OSError as error:
         return f"{python.name} does not start: {error.strerror}"
-    return (done.stderr or done.stdout).strip()[-LAST_WORDS:] if done.returncode else ""
+    if not done.returncode:
+        return ""
+    said = (done.stderr or done.stdout).strip().splitlines()
+    return f"the other Python ended with status {done.returncode}: {said[-1][:LAST_WORDS] if said else 'it said nothing'}"

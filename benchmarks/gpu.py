@@ -158,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="RESULTS", help="instead of results/<GPU>/ beside this script")
     parser.add_argument("--tensorrt8-python", type=Path, metavar="PYTHON", help="a Python 3.10 that imports tensorrt 8")
     options = parser.parse_args(arguments)
+    if min(options.batches) < 1 or options.minutes <= 0:
+        parser.error("--batches and --minutes take numbers over 0")
     reason = _gpu_facts.missing()
     if reason is not None:
         print(f"Nothing was measured: {reason}", file=sys.stderr)

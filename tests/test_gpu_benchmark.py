@@ -692,13 +692,18 @@ def test_rows_of_the_other_python(script, older, tmp_path):
 
 @pytest.mark.parametrize(
     ("body", "words"),
-    [("raise SystemExit('out of luck')", "out of luck"), ("import time; time.sleep(60)", "did not end within 1 s"), ("", "gave no answer")],
+    [
+        ("raise SystemExit('much\\nout of luck')", "ended with status 1: out of luck"),
+        ("import os; os.kill(os.getpid(), 11)", "ended with status -11: it said nothing"),
+        ("import time; time.sleep(60)", "did not end within 1 s"),
+        ("", "gave no answer"),
+    ],
 )
 def test_another_python_that_fails_is_a_row_with_its_words(script, older, tmp_path, body, words):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{body}"\n')
     python.chmod(0o755)
-    rows = script("_gpu_old_tensorrt").rows(older, 2, tmp_path / "work", python, {}, 1.0)
+    rows = script("_gpu_old_tensorrt").rows(older, 2, tmp_path / "work", python, {}, 1.0 if "sleep" in body else 60.0)
     assert words in next(row for row in rows if row["name"] == "TensorRT 8 f32")["problem"]
     assert script("_gpu_old_tensorrt").call(tmp_path / "none", tmp_path / "r", 1.0) == "none does not start: No such file or directory"
 
@@ -874,6 +879,13 @@ def test_the_page_says_what_is_not_known(script):
     assert page._facts(facts)[0] == "**NVIDIA H100**: sm 9.0, power limit w 700."
     assert page._facts(facts)[2] == "Other processes on the GPU: 0, unknown MiB."
     assert page._facts({})[2] == "Other processes on the GPU: not known."
+
+
+@pytest.mark.parametrize("wrong", [["--batches", "0"], ["--minutes", "0"]])
+def test_numbers_that_mean_nothing_are_refused(script, tmp_path, capsys, wrong):
+    with pytest.raises(SystemExit):
+        script("gpu").main([str(tmp_path), *wrong])
+    assert "--batches and --minutes take numbers over 0" in capsys.readouterr().err
 
 
 def test_with_a_gpu_it_prints_one_document(script, monkeypatch, tmp_path, capsys):
