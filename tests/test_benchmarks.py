@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,3 +178,25 @@ def test_each_bar_of_the_training_fails_alone(train_pipeline, changed, missed):
         }
     found = train_pipeline.bars([trained(*row) for row in {**rows, **changed}.values()], 2)
     assert [index for index, bar in enumerate(found) if not bar["met"]] == missed
+
+
+@pytest.fixture(scope="module")
+def tensorrt_check():
+    return script("tensorrt_check")
+
+
+def test_the_bar_of_the_tensorrt_check(tensorrt_check):
+    row = tensorrt_check.Row
+    ours = row("net", tensorrt_check.OURS, "f16", intended=3, integers=3, roundings=4, int8_macs=0.9, sqnr_db=30.0)
+    peer = row("net", tensorrt_check.MODELOPT, "f16", intended=3, integers=3, roundings=4)
+    assert tensorrt_check.missed([ours, peer]) == []
+    assert tensorrt_check.missed([replace(ours, roundings=5), peer]) == ["net, f16: 5 roundings, ModelOpt 4"]
+    assert tensorrt_check.missed([replace(ours, integers=2), peer]) == ["net, f16: 2 of 3 in integers"]
+    assert tensorrt_check.missed([replace(ours, problem="SM86: crashed"), peer]) == ["net, f16: SM86: crashed"]
+    assert tensorrt_check.missed([replace(ours, intended=0, integers=0)]) == ["net, f16: 0 of 0 in integers"]
+    skipped = row("net", tensorrt_check.MODELOPT, "f16", problem="skipped: no Python")
+    page = tensorrt_check.markdown([ours, skipped], "1.7", "a machine")
+    assert "| net | deploycc | f16 | 3 | 3 | 90.0 % | 4 | 0.0 | 0.0 | 30.0 dB |" in page
+    assert "skipped: no Python" in page
+    assert "The bar is met." in page
+    assert "2 of 3 in integers" in tensorrt_check.markdown([replace(ours, integers=2)], "1.7", "a machine")

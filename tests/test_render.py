@@ -5,7 +5,10 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from deploycc import render
+from deploycc import render, tools
+from deploycc.backends import _tensorrt_probe as probing
+from deploycc.runtime import cuda
+from deploycc.runtime.sessions import tensorrt as session
 
 
 def table():
@@ -55,3 +58,23 @@ def test_many_doubts_become_three_lines():
     assert lines[:3] == ["note: doubt 0", "note: doubt 1", "note: doubt 2"]
     assert "6 more reasons" in lines[3]
     assert list(render.doubts(["one"])) == ["note: one"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "line"), [(None, "NVIDIA GPU: none"), (cuda.Gpu("H100", "9.0", "580"), "NVIDIA GPU: H100, compute capability 9.0, driver 580")]
+)
+def test_the_doctor_looks_at_the_gpu(monkeypatch, gpu, line):
+    monkeypatch.setattr(cuda, "gpu", lambda: gpu)
+    found = tools.doctor()
+    text = render.diagnosis(found)
+    assert line in text
+    state = next(item for item in found["targets"] if item["name"] == "cuda-tensorrt")
+    assert state["builds"]
+    assert ("this machine has none" in state["why"]) == (gpu is None)
+    assert "TensorRT-RTX" in text
+
+
+def test_the_doctor_says_what_would_check_a_bundle(monkeypatch):
+    monkeypatch.setattr(probing, "checker", lambda: None)
+    monkeypatch.setattr(session, "version", lambda: None)
+    assert "unchecked without TensorRT-RTX: pip install 'deploycc[tensorrt-rtx]'" in render.diagnosis(tools.doctor())

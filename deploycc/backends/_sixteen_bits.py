@@ -4,7 +4,8 @@ In 16 bits everything is but
 
     - what adds many numbers or spans many magnitudes: normalizations, Softmax, sums, powers, and element by element operators that read
       nothing else (the variance and epsilon of a written-out LayerNormalization),
-    - operators and Q/DQ pairs with a scale that float16 does not hold to all of its bits (under 6.2e-5): they stay in float32,
+    - operators and Q/DQ pairs with a scale that float16 does not hold to all of its bits (under 6.2e-5): they stay in float32, but for
+      single channels, whose scales can be raised (`_small_scales`),
     - inputs that ONNX wants in float32 (the scales of Resize).
 
 A DequantizeLinear is written once for each type that is read: a Cast behind it would part it from the kernel that takes it in.
@@ -12,11 +13,12 @@ A DequantizeLinear is written once for each type that is read: a Cast behind it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploycc.backends._small_scales import raise_small_scales
 from deploycc.backends._tensorrt_rules import DQ, LEAST_HALF_SCALE, WEIGHTED, Q, constant, dequantizer, operand
 
 if TYPE_CHECKING:
@@ -25,15 +27,18 @@ if TYPE_CHECKING:
 TYPES: Mapping[str, str] = {"f16": "FLOAT16", "bf16": "BFLOAT16"}
 WIDE = frozenset(
     {
-        *("LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization", "MeanVarianceNormalization"),
+        *("BatchNormalization", "LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization"),
         *("LRN", "LpNormalization", "Softmax", "LogSoftmax", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2"),
-        *("ReduceLogSum", "ReduceLogSumExp", "ReduceProd", "Pow", "Exp", "Log", "CumSum", "NonMaxSuppression"),
+        *("ReduceLogSum", "ReduceLogSumExp", "ReduceProd", "Pow", "Exp", "Log", "CumSum"),
+        *("MeanVarianceNormalization", "NonMaxSuppression"),
         *("Range", "ConstantOfShape", "EyeLike", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
     }
 )
 FOLLOWING = frozenset({"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Abs", "Clip", "Max", "Min"})
 FLOAT32_INPUTS: Mapping[str, tuple[int, ...]] = {"Resize": (1, 2)}
 LARGEST_HALF = 65504.0
+SMALLEST_HALF = 2.0**-24
+NAMED = 4
 
 
 def typed(model: ir.Model, precision: str) -> tuple[ir.Model, tuple[str, ...]]:
@@ -44,10 +49,18 @@ def typed(model: ir.Model, precision: str) -> tuple[ir.Model, tuple[str, ...]]:
 
     copy = infer_shapes(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True)(copy)
+    raised = raise_small_scales(copy) if precision == "f16" else []
     writer = _Writer(copy, TYPES[precision])
     writer.write()
     common.RemoveUnusedNodesPass()(copy)
-    return copy, tuple(writer.notes())
+    told = [f"scales of almost empty channels were raised to {LEAST_HALF_SCALE:g} in {_named(raised)}"] if raised else []
+    return copy, (*told, *writer.notes())
+
+
+def _named(names: Sequence[str]) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 class _Writer:
@@ -61,6 +74,7 @@ class _Writer:
         self.kinds: dict[ir.Node, ir.DataType] = {}
         self.kept: list[str] = []  # weighted operators that a scale keeps in float32
         self.clamped: list[str] = []
+        self.lost: list[str] = []  # single numbers, such as an epsilon, that became 0
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def write(self) -> None:
@@ -85,9 +99,11 @@ class _Writer:
         """What the user should know."""
         found: list[str] = []
         if self.kept:
-            found.append(f"in float32 for a scale under {LEAST_HALF_SCALE:g}, which float16 does not hold: {', '.join(self.kept)}")
+            found.append(f"in float32 for a scale under {LEAST_HALF_SCALE:g}, which float16 does not hold: {_named(self.kept)}")
         if self.clamped:
-            found.append(f"constants over {LARGEST_HALF:g} became that number: {', '.join(self.clamped)}")
+            found.append(f"constants over {LARGEST_HALF:g} became that number: {_named(self.clamped)}")
+        if self.lost:
+            found.append(f"constants under {SMALLEST_HALF:g} became 0: {_named(self.lost)}")
         return found
 
     def _values(self, nodes: list[ir.Node]) -> list[ir.Value]:
@@ -181,6 +197,8 @@ class _Writer:
             if over.any():
                 self.clamped.append(value.name or "")
                 array = np.where(over, np.copysign(np.float32(LARGEST_HALF), array), array)
+            if array.size == 1 and array.any() and not array.astype(np.float16).any():
+                self.lost.append(value.name or "")
         tensor = ir.tensor(array.astype(kind.numpy()), dtype=kind, name=name)
         made = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(kind))
         self.graph.register_initializer(made)

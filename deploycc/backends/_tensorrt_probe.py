@@ -28,7 +28,9 @@ INSTALL = "pip install 'deploycc[tensorrt-rtx]'"
 CHILD = "deploycc.backends._tensorrt_child"
 KNOWN = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")  # of TensorRT-RTX 1.7: not SM90
 PRODUCTS = frozenset({"correlation", "gemm"})  # layers that multiply: convolutions, and products of matrices
-ROUNDS = "Roun"  # what a fused layer that rounds to integers has in its name
+INT8 = "Int8"
+COMPILED = "a compiled kernel"
+ROUNDS = "Roun"  # what the name of a compiled kernel has for each tensor that it rounds
 LINE = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)")
 DATATYPE = re.compile(r"Datatype: ([^,}\]]+)")
 SOURCE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
@@ -42,14 +44,16 @@ class Layer:
     Attributes:
         name: the builder's own.
         kind: "correlation" (convolution), "gemm", "kgen" (a compiled kernel), …
-        reads: types of its inputs and then of its constants.
+        inputs: their types.
+        constants: their types.
         gives: types of its outputs.
         sources: names of the ONNX operators that it was made of.
     """
 
     name: str
     kind: str
-    reads: tuple[str, ...]
+    inputs: tuple[str, ...]
+    constants: tuple[str, ...]
     gives: tuple[str, ...]
     sources: tuple[str, ...]
 
@@ -61,7 +65,16 @@ class Layer:
     @property
     def operands(self) -> str:
         """Types of what is multiplied: "Int8xInt8"."""
-        return "x".join(self.reads[:2])
+        return "x".join((*self.inputs, *self.constants)[:2])
+
+    @property
+    def roundings(self) -> int:
+        """How many tensors it rounds to integers; what only moves integers rounds nothing.
+
+        Its outputs do not show what is rounded and read again inside it, its name may be cut short: the larger of the two counts.
+        """
+        given = self.gives.count(INT8) if self.multiplies or set(self.inputs) != {INT8} else 0
+        return max(given, self.name.count(ROUNDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +110,12 @@ class Probe:
     @property
     def requantized(self) -> int:
         """How often a tensor is rounded to integers."""
-        return sum(layer.name.count(ROUNDS) for layer in self.layers)
+        return sum(layer.roundings for layer in self.layers)
 
     def operands_of(self, operator: str) -> str:
-        """What is multiplied for an ONNX operator: "Int8xInt8"; "Float" where only a compiled kernel was made of it."""
+        """What is multiplied for an ONNX operator: "Int8xInt8"; COMPILED where it went into such a kernel, which does not say so."""
         found = [layer.operands for layer in self.layers if layer.multiplies and operator in layer.sources]
-        return found[0] if found else "Float"
+        return found[0] if found else COMPILED
 
 
 def checker() -> str | None:
@@ -116,10 +129,13 @@ def checker() -> str | None:
 
 
 def probe(model: Path, recipe: Recipe, capability: str, *, seconds: float, module: str = MODULE) -> Probe:
-    """Build for one compute capability in a process of its own; a crash, or more than `seconds`, is a finding like any other."""
+    """Build for one compute capability in a process of its own; a crash, or more than `seconds`, is a finding like any other.
+
+    TensorRT-RTX takes types from the file: that of a recipe for TensorRT 8 is built as the float32 that it is written in.
+    """
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked = replace(recipe, capabilities=(capability,), hardware_compatibility="none", version_compatible=False)
+        asked = replace(recipe, typed=True, capabilities=(capability,), hardware_compatibility="none", version_compatible=False)
         request.write_text(json.dumps({"module": module, "model": str(model), "recipe": asked.text(), "answer": str(answer)}))
         paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
         command, environment = [sys.executable, "-m", CHILD, str(request)], {**os.environ, "PYTHONPATH": paths}
@@ -148,8 +164,8 @@ def layers(log: str) -> tuple[Layer, ...]:
         head, _, metadata = match["rest"].partition("Metadata: ")
         before, _, after = head.partition("Outputs: [")
         inputs, _, constants = before.partition("Constants: [")
-        reads = (*DATATYPE.findall(inputs), *DATATYPE.findall(constants))
-        found.append(Layer(match["name"], match["kind"], reads, tuple(DATATYPE.findall(after)), tuple(SOURCE.findall(metadata))))
+        reads, holds, gives = (tuple(DATATYPE.findall(part)) for part in (inputs, constants, after))
+        found.append(Layer(match["name"], match["kind"], reads, holds, gives, tuple(SOURCE.findall(metadata))))
     return tuple(found)
 
 

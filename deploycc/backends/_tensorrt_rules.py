@@ -34,7 +34,8 @@ SoftmaxCrossEntropyLoss SplitToSequence StringConcat StringNormalizer StringSpli
 UNREAD = frozenset(_UNREAD.split())
 LEAST_OPSET = 13  # DequantizeLinear gained `axis`
 HALF_SCALES_OPSET = 19  # Q and DQ took scales of 16 bits
-LEAST_HALF_SCALE = 6.2e-5  # the smallest normal float16 is 2⁻¹⁴ = 6.10e-5; below it bits are lost, and then all of it
+SMALLEST_NORMAL = 2.0**-14  # of float16, 6.10e-5: below it bits are lost, and then all of it
+LEAST_HALF_SCALE = 6.2e-5  # that a scale must have to be written in float16: a little more
 
 
 def nodes(artifact: Artifact) -> Iterator[ir.Node]:
@@ -161,7 +162,7 @@ def scales_are_constant(artifact: Artifact, target: Target) -> list[Violation]:
 
 
 def scales_are_positive(artifact: Artifact, target: Target) -> list[Violation]:
-    """Every scale is over 0 and finite, and a float16 scale is not under 6.2e-5, where float16 loses bits and then all of it.
+    """Every scale is over 0 and finite, and a float16 scale is not under 6.1e-5, where float16 loses bits and then all of it.
 
     A scale of 0 is a tensor that was 0 in all calibration samples: give others. For small scales set runtime.precision = "f32".
     """
@@ -170,7 +171,7 @@ def scales_are_positive(artifact: Artifact, target: Target) -> list[Violation]:
         scale = constant(operand(node, 1))
         if scale is None:
             continue
-        least = LEAST_HALF_SCALE if scale.dtype == np.float16 else np.finfo(np.float32).tiny
+        least = SMALLEST_NORMAL if scale.dtype == np.float16 else np.finfo(np.float32).tiny
         wide = np.asarray(scale, np.float64)
         if not (np.isfinite(wide).all() and (wide >= least).all()):
             found.append(Violation(_where(node), f"scale {_shown(wide)}"))

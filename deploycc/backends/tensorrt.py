@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from deploycc.backends import _tensorrt_probe as probing
 from deploycc.backends import _tensorrt_rules as rules
-from deploycc.backends._settings import processor_only
+from deploycc.backends import _tensorrt_settings as settings
+from deploycc.backends._tensorrt_settings import OLDEST, is_version_8
 from deploycc.core.artifact import Artifact, Form, QuantInfo
-from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, Violation, enforce
+from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, enforce
 from deploycc.core.kernels import Kernel
 from deploycc.core.target import Target
 from deploycc.errors import UnsupportedError
 from deploycc.runtime import cuda
-from deploycc.runtime.host import version_numbers
 from deploycc.runtime.sessions import tensorrt as session
 from deploycc.runtime.tensorrt_engine import Recipe
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SESSION = "tensorrt"
-OLDEST = "10.12"
-TYPED = (10,)  # the first version whose networks are strongly typed
 CHECKED = ("SM86", "SM89")
 INT8 = "Int8xInt8"
 NOT_RUN = (
@@ -42,10 +40,6 @@ UNCHECKED = f"not checked by TensorRT's builder: TensorRT-RTX is not installed (
 SWITCHED_OFF = "not checked by TensorRT's builder ([engine] check_seconds = 0); int8 is what the file asks for"
 PERMITTED = "TensorRT 8 may compute in float16; the reference on the CPU is float32"
 EMULATED = "the reference on the CPU computes in float32 and rounds to bfloat16 after every operator"
-# What the parsers of TensorRT 8.5 and 8.6 have no importer for, of the operators that later ones take (onnx-tensorrt, 8.5-GA, 8.6-GA).
-SINCE_9 = frozenset({"Attention", "CastLike", "Gelu", "Hardmax", "Mish", "RMSNormalization", "RotaryEmbedding", "STFT", "Swish"})
-SINCE_8_6 = frozenset({"GroupNormalization", "IsInf", "LayerNormalization"})
-LEAST_CAPABILITY: Mapping[str, str] = {"f16": "5.3", "bf16": "8.0"}
 Precision = Literal["int8", "bf16", "f16", "float", "conversion"]
 PRECISIONS: Mapping[str, Precision] = {"Int8": "int8", "BFloat16": "bf16", "Half": "f16"}
 
@@ -72,16 +66,7 @@ class TensorRt:
 
     def constraints(self) -> Sequence[Constraint]:
         """Types and shapes that the target allows, and every rule of the parser and of integers."""
-        own = (
-            processor_only,
-            symmetric_int8,
-            precision_in_hardware,
-            axes_have_sizes,
-            no_branches_in_sixteen_bits,
-            read_by_version_8,
-            opset_will_be_read,
-        )
-        return (*own, *(rule for rule in rules.RULES if rule is not rules.opset_is_read))
+        return (*settings.RULES, *(rule for rule in rules.RULES if rule is not rules.opset_is_read))
 
     def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
         """Write model.onnx with every type in it; check it with TensorRT-RTX where that is installed.
@@ -151,7 +136,7 @@ def _recipe(artifact: Artifact, target: Target) -> Recipe:
             profiles[spec.name] = (least, likely, largest)
     return Recipe(
         precision=target.runtime.precision,
-        typed=not _version_8(target),
+        typed=not is_version_8(target),
         profiles=profiles,
         workspace_mb=engine.workspace_mb,
         optimization_level=engine.optimization_level,
@@ -171,10 +156,6 @@ def _written(artifact: Artifact, target: Target, recipe: Recipe) -> tuple[ir.Mod
         return clone(artifact.model), ()
     model, notes = typed(artifact.model, recipe.precision)
     return model, (f"float operators are computed in {recipe.precision}", *notes, *([EMULATED] if recipe.precision == "bf16" else []))
-
-
-def _version_8(target: Target) -> bool:
-    return version_numbers(target.runtime.minimum or OLDEST) < TYPED
 
 
 def _probes(path: Path, recipe: Recipe, target: Target) -> list[probing.Probe]:
@@ -234,77 +215,8 @@ def _reason(name: str, shown: Mapping[str, str], quant: QuantInfo | None) -> str
 def _kernel(layer: probing.Layer, macs: Mapping[str, int | None]) -> Kernel:
     work = [macs[name] for name in layer.sources if name in macs] if layer.multiplies else []
     total = None if not work or None in work else sum(item or 0 for item in work)
-    if not layer.multiplies and probing.ROUNDS in layer.name:
+    if not layer.multiplies and layer.roundings:
         return Kernel(layer.name, layer.kind, "conversion", None)
-    types = set(layer.reads[:2]) if layer.multiplies else set(layer.reads)
+    types = set(layer.operands.split("x")) if layer.multiplies else set(layer.inputs)
     precision: Precision = PRECISIONS.get(next(iter(types), ""), "float") if len(types) == 1 else "float"
     return Kernel(layer.name, layer.kind, precision, total)
-
-
-def symmetric_int8(artifact: Artifact, target: Target) -> list[Violation]:
-    """TensorRT's integers are symmetric int8, placed by its own rules.
-
-    Set placement = "tensorrt", activations = weights = "int8" and activation_symmetric = true in the target's [quant].
-    """
-    placement = target.quant.placement
-    return [] if placement == "tensorrt" else [Violation(f"target {target.name}", f"quant.placement = {placement}")]
-
-
-def precision_in_hardware(artifact: Artifact, target: Target) -> list[Violation]:
-    """A 16-bit precision needs a GPU that computes in it: f16 compute capability 5.3, bf16 8.0; and bf16 needs TensorRT 10.
-
-    Set [hardware] compute_capability in the target to what the GPU has, or another runtime.precision.
-    """
-    precision, capability = target.runtime.precision, target.hardware.compute_capability or "0.0"
-    found: list[Violation] = []
-    least = LEAST_CAPABILITY.get(precision, "0.0")
-    if cuda.capability_numbers(capability) < cuda.capability_numbers(least):
-        found.append(Violation(f"target {target.name}", f"runtime.precision = {precision} on compute capability {capability}"))
-    if precision == "bf16" and _version_8(target):
-        found.append(Violation(f"target {target.name}", f"runtime.precision = bf16 with TensorRT {target.runtime.minimum}"))
-    return found
-
-
-def axes_have_sizes(artifact: Artifact, target: Target) -> list[Violation]:
-    """Every named axis of an input has a least, a most likely and a largest size, for which the engine is built.
-
-    Write them into the target ([engine.axes] N = [1, 8, 32]), or give the axis a number: --input NAME:1x3x224x224.
-    """
-    found: list[Violation] = []
-    for spec in artifact.signature.inputs:
-        free = [dim for dim in spec.shape if isinstance(dim, str) and dim not in target.engine.axes]
-        found += [Violation(f"input {spec.name}", f"axis {dim} of {spec} has no sizes") for dim in dict.fromkeys(free)]
-    return found
-
-
-def no_branches_in_sixteen_bits(artifact: Artifact, target: Target) -> list[Violation]:
-    """A graph with branches, loops or functions is computed in float32.
-
-    Set runtime.precision = "f32" in the target.
-    """
-    from deploycc.forms.onnx import graphs
-
-    if target.runtime.precision == "f32" or _version_8(target) or len(list(graphs(artifact.model))) == 1:
-        return []
-    inner = [node for node in artifact.model.graph if any(item.type.name.startswith("GRAPH") for item in node.attributes.values())]
-    return [Violation(f"{node.name} ({node.op_type})", "holds a graph") for node in inner] or [Violation("the model", "holds functions")]
-
-
-def read_by_version_8(artifact: Artifact, target: Target) -> list[Violation]:
-    """TensorRT 8.5 and 8.6 read opset 17 at most, and lack operators that came later (8.5: LayerNormalization too).
-
-    Set runtime.opset = 17 in the target; export the operator that it names as the simpler ones that it consists of.
-    """
-    if not _version_8(target):
-        return []
-    found = [Violation(f"target {target.name}", f"runtime.opset = {target.runtime.opset}")] if target.runtime.opset > 17 else []
-    lacking = SINCE_9 | (SINCE_8_6 if version_numbers(target.runtime.minimum or "") < (8, 6) else frozenset())
-    return [*found, *(Violation(f"{node.name} ({node.op_type})", "not read") for node in rules.nodes(artifact) if node.op_type in lacking)]
-
-
-def opset_will_be_read(artifact: Artifact, target: Target) -> list[Violation]:
-    """The graph's opset is one that the device's parser reads, once the passes are through: 13 to the target's runtime.opset.
-
-    Put update-opset in the pipeline, or export the model with that opset.
-    """
-    return list(rules.opset_is_read(artifact, target)) if artifact.history else []

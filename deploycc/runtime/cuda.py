@@ -112,8 +112,12 @@ class Device:
         self._buffers: dict[str, tuple[ctypes.c_uint64, int]] = {}
         self._call("cuDeviceGet", ctypes.byref(self._number), 0)
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._number)
-        self._call("cuCtxSetCurrent", self._context)
+        self.activate()
         self._call("cuStreamCreate", ctypes.byref(self._stream), 0)
+
+    def activate(self) -> None:
+        """Make its context that of the calling thread."""
+        self._call("cuCtxSetCurrent", self._context)
 
     @property
     def stream(self) -> int:

@@ -6,7 +6,9 @@ import onnx_ir as ir
 import pytest
 from graphs import graph, onnx_artifact
 
+from deploycc.backends import _tensorrt_rules as rules
 from deploycc.backends._sixteen_bits import emulated, typed, with_float_weights
+from deploycc.core.target import load
 from deploycc.forms.onnx import OnnxForm
 
 RNG = np.random.default_rng(0)
@@ -113,6 +115,37 @@ def test_what_float16_scales_do_not_hold_stays_float32_with_its_pairs(changes, p
     x = some(1, 16, 4, 4, scale=changes.get("scale", 0.02) * 50)
     before, after = run(model, x=x)["y"], run(made, x=x)["y"]
     np.testing.assert_allclose(after, before, atol=2e-3 * np.abs(before).max() + changes.get("scale", 0.02))  # a code may be the next
+
+
+def test_an_almost_empty_channel_gets_a_scale_that_float16_holds():
+    model = quantized()
+    scales = np.full(16, 0.01, np.float32)
+    scales[3], scales[5] = 1e-9, 3e-5
+    model.graph.initializers["sw"].const_value = ir.tensor(scales, name="sw")
+    made, (note,) = typed(model, "f16")
+    assert note == "scales of almost empty channels were raised to 6.2e-05 in c"
+    assert kinds(made)["Conv c"] == "FLOAT16"
+    raised = made.graph.initializers["w_raised"].const_value.numpy()
+    codes = model.graph.initializers["w"].const_value.numpy()
+    assert (raised[3] == 0).all()
+    np.testing.assert_array_equal(raised[5], np.rint(codes[5] * (3e-5 / 6.2e-5)))
+    np.testing.assert_array_equal(np.delete(raised, (3, 5), axis=0), np.delete(codes, (3, 5), axis=0))
+    assert rules.scales_are_positive(onnx_artifact(made), load("cuda-tensorrt")) == []
+    x = some(1, 16, 4, 4)
+    np.testing.assert_allclose(run(made, x=x)["y"], run(model, x=x)["y"], atol=0.05)
+
+
+def test_an_epsilon_that_float16_does_not_hold_is_told():
+    model = graph("(float[1,2] x) => (float[1,2] y) { y = Add (x, e) }", e=np.float32(1e-9))
+    assert typed(model, "f16")[1] == ("constants under 5.96046e-08 became 0: e",)
+    assert typed(model, "bf16")[1] == ()
+
+
+def test_long_lists_are_cut_short():
+    constants = {f"c{index}": np.full(1, 1e6, np.float32) for index in range(6)}
+    body = " ".join(f"t{index} = Add ({'x' if index == 0 else f't{index - 1}'}, c{index})" for index in range(6))
+    _, (note,) = typed(graph(f"(float[1] x) => (float[1] t5) {{ {body} }}", **constants), "f16")
+    assert note.endswith("c0, c1, c2, c3 and 2 more")
 
 
 def test_bfloat16_scales_are_never_too_small():

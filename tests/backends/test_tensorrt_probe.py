@@ -36,8 +36,13 @@ def test_layers_are_read_from_the_log():
     assert third.operands == "HalfxHalf"
     found = probing.Probe("SM89", "1.7", "", 0.1, 10, (first, second, third))
     assert found.requantized == 1
+    moved = probing.Layer("pool", "maxpool", ("Int8",), (), ("Int8",), ())
+    summed = probing.Layer("add", "kgen", ("Int8", "Half"), ("Float",), ("Int8", "Half"), ())
+    fused = probing.Layer("conv", "correlation", ("Int8",), ("Int8",), ("Int8",), ())
+    twice = probing.Layer("__myl_MulMinMaxRounCastCastAddMulMinMaxRoun", "kgen", ("Float", "Float"), (), ("Int8",), ())
+    assert [layer.roundings for layer in (moved, summed, fused, second, twice)] == [0, 1, 1, 0, 2]
     assert found.operands == {"correlation Int8xInt8": 1, "gemm HalfxHalf": 1}
-    assert [found.operands_of(name) for name in ("conv1", "mm", "nothing")] == ["Int8xInt8", "HalfxHalf", "Float"]
+    assert [found.operands_of(name) for name in ("conv1", "mm", "nothing")] == ["Int8xInt8", "HalfxHalf", probing.COMPILED]
 
 
 def fake(folder: Path, monkeypatch, body: str) -> str:

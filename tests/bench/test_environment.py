@@ -7,6 +7,7 @@ import pytest
 
 from deploycc.bench import environment
 from deploycc.bench.environment import Environment, capture, differences, software_differences
+from deploycc.runtime import cuda
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags
 
 
@@ -73,3 +74,11 @@ def test_a_machine_that_makes_times_unreliable_says_so(change: dict[str, object]
     quiet = capture(1).model_copy(update={"cores": 2, "threads": 1, "cpu_limit": None, "governor": None, "load": 0.0})
     assert quiet.warnings() == ()
     assert any(message in text for text in quiet.model_copy(update=change).warnings())
+
+
+def test_the_gpu_is_recorded_and_must_be_the_same(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda, "gpu", lambda: None)
+    without = capture(1)
+    assert without.gpu is None
+    monkeypatch.setattr(cuda, "gpu", lambda: cuda.Gpu("H100", "9.0", "580"))
+    assert differences(capture(1), without) == ("gpu: H100, driver 580 and None",)

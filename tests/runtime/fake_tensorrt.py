@@ -16,6 +16,7 @@ import numpy as np
 
 NAMES = json.loads((Path(__file__).parent / "tensorrt_names.json").read_text())
 VERSIONS = tuple(NAMES)
+DATA_TYPES = {"float32": "FLOAT", "int32": "INT32", "float8": "FP8"}
 
 
 class Guarded:
@@ -57,8 +58,9 @@ class Fake:
             if kind in self.names:
                 members = {name: index for index, name in enumerate(self.names[kind].split())}
                 setattr(self.module, kind, SimpleNamespace(**members))
+        if "init_libnvinfer_plugins" in self.names["module"].split():
+            self.module.init_libnvinfer_plugins = self._note("init_libnvinfer_plugins", True)
         self.module.ILogger = type("ILogger", (), {})
-        self.module.nptype = np.dtype
         for kind in ("Builder", "OnnxParser", "Runtime"):
             setattr(self.module, kind, getattr(self, f"_{kind.lower()}"))
 
@@ -135,7 +137,7 @@ class Fake:
             num_io_tensors=len(tensors),
             get_tensor_name=lambda index: list(tensors)[index],
             get_tensor_mode=lambda name: modes.INPUT if name in self.inputs else modes.OUTPUT,
-            get_tensor_dtype=lambda name: tensors[name][0],
+            get_tensor_dtype=lambda name: f"DataType.{DATA_TYPES[tensors[name][0]]}",
             create_execution_context=self._context,
         )
 

@@ -213,6 +213,19 @@ def test_an_engine_of_another_signature_is_refused(machine):
         machine.open(signature=other)
 
 
+def test_a_type_that_numpy_lacks_is_refused(machine):
+    machine.trt.inputs = {"x": ("float8", (4, 3))}
+    with pytest.raises(BundleError, match=r"'x' is DataType\.FP8, which numpy has no type for"):
+        machine.open()
+
+
+def test_another_thread_may_run_it(machine):
+    with machine.open() as session:
+        before = machine.driver.calls.count("cuCtxSetCurrent")
+        session.run({"x": np.ones((1, 3), np.float32)})
+        assert machine.driver.calls.count("cuCtxSetCurrent") == before + 1
+
+
 def test_int64_is_fed_as_the_engine_takes_it(machine):
     machine.trt.inputs, machine.trt.outputs = {"x": ("int32", (4,))}, {"y": ("int32", ())}
     signature = Signature((TensorSpec("x", "int64", ("n",)),), (TensorSpec("y", "int64", ("n",)),))

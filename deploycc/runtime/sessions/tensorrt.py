@@ -29,6 +29,7 @@ MODULE = "tensorrt"
 PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings")
 INSTALL = "install TensorRT as NVIDIA describes it: pip install 'tensorrt>={}', or the packages of JetPack"
 ROOT = "DEPLOYCC_CACHE"
+TYPES = {"FLOAT": "float32", "HALF": "float16", "BOOL": "bool", "INT8": "int8", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}
 
 
 def version() -> str | None:
@@ -63,6 +64,7 @@ def open(model: Path, signature: Signature, runtime: Mapping[str, str], threads:
     facts = describe(str(trt.__version__), gpu, model, recipe)
     engine = _engine(trt, model, recipe, facts)
     log = logger(trt)
+    trt.init_libnvinfer_plugins(log, "")  # some operators are plug-ins (InstanceNormalization in 8), which only the parser registers
     loader = trt.Runtime(log)
     if recipe.version_compatible:
         loader.engine_host_code_allowed = True  # the engine brings the runtime of its own version
@@ -72,7 +74,7 @@ def open(model: Path, signature: Signature, runtime: Mapping[str, str], threads:
             f"TensorRT {trt.__version__} does not load the engine of {model.name}: {'; '.join(complaints(log)) or 'no reason given'}",
             fix=f"delete {_place(facts)}: it is built anew",
         )
-    return TensorRtSession(trt, loaded, signature)
+    return TensorRtSession(trt, loaded, signature, keep=(log, loader))
 
 
 def describe(installed: str, gpu: cuda.Gpu, model: Path, recipe: Recipe) -> dict[str, str]:
@@ -140,11 +142,21 @@ def _checked(place: Path, facts: Mapping[str, str]) -> bytes:
     return engine
 
 
+def _numpy_type(name: str, kind: Any) -> np.dtype[Any]:
+    """Of a tensor outside the engine; TensorRT's own `nptype` fails in 8.5 with numpy 1.24 and later."""
+    found = TYPES.get(str(kind).rpartition(".")[2])
+    if found is None:
+        raise BundleError(f"'{name}' is {kind}, which numpy has no type for", fix="compile again: bundles take and give plain types")
+    return np.dtype(found)
+
+
 class TensorRtSession:
     """One loaded engine with its buffers."""
 
-    def __init__(self, trt: Any, engine: Any, signature: Signature, device: cuda.Device | None = None) -> None:
+    def __init__(self, trt: Any, engine: Any, signature: Signature, *, keep: tuple[Any, ...] = ()) -> None:
+        """`keep`: what must outlive the engine."""
         self.signature = signature
+        self._keep = (*keep, engine)
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         for kind, specs in (("INPUT", signature.inputs), ("OUTPUT", signature.outputs)):
             wanted = [spec.name for spec in specs]
@@ -154,8 +166,8 @@ class TensorRtSession:
                     f"the engine has the {kind.lower()}s {', '.join(found)}, but its signature says {', '.join(wanted)}",
                     fix="build the bundle again: the model and the manifest do not belong together",
                 )
-        self._types = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
-        self._device = cuda.Device() if device is None else device
+        self._types = {name: _numpy_type(name, engine.get_tensor_dtype(name)) for name in names}
+        self._device = cuda.Device()
         self._context: Any = engine.create_execution_context()
         self._checked: list[object] = []
 
@@ -167,6 +179,7 @@ class TensorRtSession:
             self._checked = seen
         if self._context is None:
             raise BundleError("this session is closed", fix="open the bundle again")
+        self._device.activate()
         held = [self._feed(name, array) for name, array in feeds.items()]
         outputs: dict[str, np.ndarray] = {}
         for spec in self.signature.outputs:
@@ -227,4 +240,5 @@ class TensorRtSession:
     def __exit__(self, *exc: object) -> None:
         """Forget the engine and give its memory back."""
         self._context = None
+        self._keep = ()
         self._device.close()
