@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from deploycc.bench.environment import capture
-from deploycc.bench.result import BenchResult, Measurement
+from deploycc.bench.result import WALL, BenchResult, Measurement
 from deploycc.core.artifact import Feeds
 from deploycc.core.contract import Progress, Session, silent
 from deploycc.core.target import Bench
 from deploycc.errors import BenchError
 from deploycc.runtime import host
-from deploycc.runtime.measure import Call, time_interleaved
+from deploycc.runtime.measure import Call, Timer, time_interleaved, wall
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,8 @@ def measure(
     baseline: str | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    timer: Timer = wall,
+    clock: str = WALL,
 ) -> BenchResult:
     """Open every candidate, then time all of them interleaved.
 
@@ -55,6 +57,8 @@ def measure(
         baseline: name of the candidate that the others are compared with.
         seed: of the order within rounds.
         progress: told how far it is.
+        timer: what times a call. One that is not `wall` waits for the device by itself, so sessions are not synchronized between.
+        clock: what that timer is called in the result.
 
     Raises:
         BenchError: no candidates, two of one name, an unknown baseline, a candidate without feeds.
@@ -66,8 +70,10 @@ def measure(
     with ExitStack() as stack:
         for candidate in candidates:
             session, colds[candidate.name] = _open(candidate, stack)
-            calls[candidate.name] = _call(session, candidate.feeds)
-        samples = time_interleaved(calls, min_seconds=settings.min_seconds, min_runs=settings.min_runs, seed=seed, progress=progress)
+            calls[candidate.name] = _call(session, candidate.feeds, wait=timer is wall)
+        samples = time_interleaved(
+            calls, min_seconds=settings.min_seconds, min_runs=settings.min_runs, seed=seed, progress=progress, timer=timer
+        )
     return BenchResult(
         measurements=tuple(
             Measurement(
@@ -85,6 +91,7 @@ def measure(
         baseline=baseline,
         environment=environment,
         settings=settings,
+        clock=clock,
         seed=seed,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -122,9 +129,11 @@ def growth_mb(before: int | None, peak: int | None) -> float | None:
     return (peak - before) / 1e6
 
 
-def _call(session: Session, feeds: Sequence[Feeds]) -> Call:
-    """One call on the next of `feeds`, until its work is finished."""
+def _call(session: Session, feeds: Sequence[Feeds], *, wait: bool = True) -> Call:
+    """One call on the next of `feeds`; with `wait`, until its work is finished."""
     run, synchronize, count = session.run, session.synchronize, len(feeds)
+    if not wait:
+        return lambda index: run(feeds[index % count])
 
     def call(index: int) -> None:
         run(feeds[index % count])

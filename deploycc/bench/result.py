@@ -19,6 +19,7 @@ from deploycc.core.target import Bench
 from deploycc.errors import BenchError, StoreError
 from deploycc.runtime.measure import Samples, Summary, instability, ratio_of_medians, summarize
 
+WALL = "wall"
 Metric = Literal["top1", "top5", "f1", "mse", "agreement", "cosine", "sqnr"]
 
 
@@ -158,13 +159,14 @@ class Measurement(_Record):
 
 
 class BenchResult(_Record):
-    """All candidates of one interleaved run."""
+    """All candidates of one interleaved run; `clock` says whose: the machine's, or a device's own ("CUDA events")."""
 
     schema_version: Literal[1] = 1
     measurements: tuple[Measurement, ...] = Field(min_length=1)
     baseline: str | None
     environment: Environment
     settings: Bench
+    clock: str = WALL
     seed: int
     created: str
 
@@ -229,6 +231,10 @@ def compare(a: BenchResult, b: BenchResult) -> Comparison:
         raise BenchError(
             f"the results are of unlike machines or settings and cannot be compared: {'; '.join(unlike)}",
             fix="measure both on one machine with the same --threads, best in one run: deploycc bench A B",
+        )
+    if a.clock != b.clock:
+        raise BenchError(
+            f"the results were timed by unlike clocks and cannot be compared: {a.clock} and {b.clock}", fix="measure both with one clock"
         )
     shared = [item.name for item in a.measurements if item.name in {other.name for other in b.measurements}]
     if not shared:

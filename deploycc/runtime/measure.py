@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Call = Callable[[int], object]  # gets the running number of the call, to take turns over its feeds
+Timer = Callable[[Call, int], int]  # makes the call of that number and gives the nanoseconds it took, at least 1
 Progress = Callable[[str, int, "int | None"], None]
 
 MAX_RUNS = 20_000  # of one candidate: more say nothing new, and cost memory
@@ -77,6 +78,13 @@ def silent(what: str, done: int, total: int | None) -> None:
     """A Progress that shows nothing."""
 
 
+def wall(call: Call, number: int) -> int:
+    """The Timer of this machine's own clock, for calls that end when their work has ended."""
+    begin = time.perf_counter_ns()
+    call(number)
+    return time.perf_counter_ns() - begin
+
+
 def time_interleaved(
     calls: Mapping[str, Call],
     *,
@@ -86,6 +94,7 @@ def time_interleaved(
     warmup_runs: int = 3,
     seed: int = 0,
     progress: Progress = silent,
+    timer: Timer = wall,
 ) -> dict[str, Samples]:
     """Warm up, then time rounds over all `calls` until each has `min_runs` runs and `min_seconds` of timed calls, or MAX_RUNS runs.
 
@@ -97,11 +106,12 @@ def time_interleaved(
         warmup_runs: least calls of such a window.
         seed: of the order within rounds.
         progress: told how far it is, in per cent.
+        timer: the clock; a GPU's own for calls that only hand it work.
 
     Returns:
         the samples by name; all candidates have the same number of rounds.
     """
-    warm = {name: _warm_up(call, warmup_seconds / 2, warmup_runs) for name, call in calls.items()}
+    warm = {name: _warm_up(call, warmup_seconds / 2, warmup_runs, timer) for name, call in calls.items()}
     block = max(SHORTEST_BLOCK_NS, *(2 * fastest for _, fastest in warm.values()))
     expected_rounds = max(MIN_ROUNDS, min_runs / 2, min_seconds * 1e9 / block)
     most = max(2, int(MAX_RUNS / expected_rounds))
@@ -122,7 +132,7 @@ def time_interleaved(
                 break
             for position in rng.permutation(len(order)).tolist():
                 name = order[int(position)]
-                times = _block(calls[name], rounds * per_round[name], per_round[name])
+                times = _block(calls[name], rounds * per_round[name], per_round[name], timer)
                 kept[name].append(times)
                 spent[name] += int(times.sum())
             rounds += 1
@@ -139,19 +149,16 @@ def _reached(runs: int, seconds: float, min_runs: int, min_seconds: float, round
     return min(1.0, runs / min_runs, seconds / min_seconds, rounds / MIN_ROUNDS)
 
 
-def _block(call: Call, first: int, count: int) -> np.ndarray:
+def _block(call: Call, first: int, count: int, timer: Timer = wall) -> np.ndarray:
     """One call that is not counted, then the nanoseconds of `count` calls."""
-    clock = time.perf_counter_ns
     times = np.empty(count, np.int64)
-    call(first)
+    timer(call, first)
     for index in range(count):
-        begin = clock()
-        call(first + index)
-        times[index] = clock() - begin
+        times[index] = timer(call, first + index)
     return times
 
 
-def _warm_up(call: Call, seconds: float, runs: int) -> tuple[int, int]:
+def _warm_up(call: Call, seconds: float, runs: int, timer: Timer) -> tuple[int, int]:
     """Call in windows until one is no faster than the one before. Returns (calls made, fastest ns, at least 1)."""
     made = 0
     before = fastest = math.inf
@@ -159,9 +166,7 @@ def _warm_up(call: Call, seconds: float, runs: int) -> tuple[int, int]:
         times: list[int] = []
         end = time.perf_counter_ns() + int(seconds * 1e9)
         while len(times) < runs or time.perf_counter_ns() < end:
-            begin = time.perf_counter_ns()
-            call(made + len(times))
-            times.append(time.perf_counter_ns() - begin)
+            times.append(timer(call, made + len(times)))
         made += len(times)
         fastest = min(fastest, *times)
         typical = float(np.median(times))

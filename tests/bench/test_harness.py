@@ -133,3 +133,18 @@ def test_the_harness_adds_under_three_microseconds_to_a_call(tiny_onnx: Path, ti
         return min(times)
 
     assert fastest(call) - fastest(lambda index: session.run(feeds[0])) < 3000
+
+
+def test_another_timer_owns_the_clock_and_waits_by_itself():
+    session = Spin(100)
+
+    def timer(call, number: int) -> int:
+        call(number)
+        return 5_000_000
+
+    result = measure([Candidate("a", lambda: session, FEEDS)], settings=SETTINGS, timer=timer, clock="CUDA events")
+    assert result.clock == "CUDA events"
+    assert set(result.get("a").samples_ns) == {5_000_000}
+    assert session.synchronized == 1  # after the first answer, whose time is the wall's
+    assert session.fed == {0.0, 1.0}
+    assert measure([Candidate("a", lambda: Spin(100), FEEDS)], settings=SETTINGS).clock == "wall"

@@ -125,6 +125,10 @@ def test_other_library_versions_are_noted_not_refused():
     [
         (result(measurement("a"), cpu_model="Pentium"), "cpu model: .* and Pentium"),
         (result(measurement("a"), threads=2), "threads: 1 and 2"),
+        (
+            result(measurement("a")).model_copy(update={"clock": "CUDA events"}),
+            "unlike clocks and cannot be compared: wall and CUDA events",
+        ),
         (result(measurement("b")), "share no candidate: a and b"),
         (result(measurement("a", inputs={"x": ("float32", (1, 3, 16, 16))})), "'a' was measured with unlike input"),
     ],

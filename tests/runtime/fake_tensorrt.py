@@ -43,6 +43,7 @@ class Fake:
         self.names = NAMES[version]
         self.inputs, self.outputs = inputs, outputs
         self.asked: list[Any] = []
+        self.streams: list[int] = []
         self.refuses, self.fails, self.loads = False, False, True
         self.module: Any = ModuleType("tensorrt")
         self.module.__version__ = version
@@ -153,6 +154,7 @@ class Fake:
             return self.outputs[name][1] or next(iter(shapes.values()))
 
         def execute(stream: int) -> bool:
+            self.streams.append(stream)
             first, last = next(iter(self.inputs)), next(iter(self.outputs))
             size = int(np.prod(shapes[first]))
             kind = np.dtype(self.inputs[first][0])

@@ -64,6 +64,23 @@ def test_it_builds_once_runs_and_gives_everything_back(machine):
     assert machine.driver.calls.count("cuDevicePrimaryCtxRelease_v2") == 2
 
 
+def test_it_is_queued_again_on_another_stream_without_copies(machine):
+    x = np.ones((2, 3), np.float32)
+    with machine.open() as session:
+        with pytest.raises(BundleError, match="no inputs on the GPU"):
+            session.enqueue(11)
+        session.run({"x": x})
+        copies = [name for name in machine.driver.calls if "Memcpy" in name]
+        session.enqueue(11)
+        assert [name for name in machine.driver.calls if "Memcpy" in name] == copies
+        assert machine.trt.streams == [9, 11]
+        machine.trt.fails = True
+        with pytest.raises(BundleError, match="TensorRT did not run the engine"):
+            session.enqueue(11)
+    with pytest.raises(BundleError, match="no inputs on the GPU"):
+        session.enqueue(11)
+
+
 def test_what_the_builder_is_asked_for(machine):
     machine.open(
         Recipe(

@@ -221,6 +221,16 @@ class TensorRtSession:
         self._device.send(address, ready)
         return ready
 
+    def enqueue(self, stream: int) -> None:
+        """Queue the engine once more on the inputs of the last `run`, on a CUDA stream and without copies: what a GPU's own clock times.
+
+        Raises BundleError when nothing has run, the session is closed, or TensorRT refuses.
+        """
+        if self._context is None or not self._checked:
+            raise BundleError("there are no inputs on the GPU to run the engine on", fix="call `run` of an open session first")
+        if not self._context.execute_async_v3(stream):
+            raise BundleError("TensorRT did not run the engine", fix="check the GPU's free memory; `runner.pyz selftest` tries again")
+
     def synchronize(self) -> None:
         """Nothing is pending: `run` waits for its answer."""
 
