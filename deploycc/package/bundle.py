@@ -2,8 +2,9 @@
 
 Golden tolerance, per floating output, on the range r = max(outputs, 0) − min(outputs, 0) of the golden samples: a float model may be off
 by r · 10⁻⁴ (another CPU sums in another order; measured on EfficientNet-Lite0: 4·10⁻⁷), an int8 model by 8 steps of r / 255 (its
-roundings fall to the other side now and then; integer kernels against float emulation on Lite0: at most 4 steps). Whole-number
-outputs must be equal.
+roundings fall to the other side now and then; integer kernels against float emulation on Lite0: at most 4 steps). What is computed in
+bfloat16, whose numbers have 8 bits too, may be off by as much (AMX against AVX512_BF16 on ResNet-18: 0.7 steps), float16 with 11 bits by
+an eighth of it. Whole-number outputs must be equal.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ CHECKPOINT = "checkpoint"  # the module before it was exported: to train on, or 
 FLOAT_TOLERANCE = 1e-4
 INT8_STEPS = 8
 INT8_LEVELS = 255
+SHORT_TOLERANCES = {"bf16": INT8_STEPS / INT8_LEVELS, "f16": INT8_STEPS / INT8_LEVELS / 8}  # by what the runtime computes floats in
 SMALLEST_TOLERANCE = 1e-6
 PACKAGE = Path(__file__).parent.parent
 MAIN = '"""Runs the bundle that this archive lies in."""\n\nimport sys\n\nfrom deploycc.runtime.__main__ import main\n\nsys.exit(main())\n'
@@ -136,7 +138,7 @@ def _fill(work: Path, contents: Contents) -> Manifest:
         shutil.copyfile(built.folder / name, target)
         roles[name] = "model-data" if index else "model"
     if contents.feeds:
-        atol = tolerances(contents.outputs, contents.artifact.quant)
+        atol = tolerances(contents.outputs, contents.artifact.quant, contents.built.runtime.get("precision"))
         write_golden(work / GOLDEN, Golden(tuple(contents.feeds), tuple(contents.outputs), atol))
         roles[GOLDEN] = "golden"
     if contents.artifact.transform:
@@ -187,8 +189,9 @@ def _umask() -> int:
     return mask
 
 
-def tolerances(outputs: Sequence[dict[str, np.ndarray]], quant: QuantInfo | None) -> dict[str, float]:
+def tolerances(outputs: Sequence[dict[str, np.ndarray]], quant: QuantInfo | None, precision: str | None = None) -> dict[str, float]:
     """How far another CPU's outputs may be from these, per output (see the module's text)."""
+    share = INT8_STEPS / INT8_LEVELS if quant else SHORT_TOLERANCES.get(precision or "", FLOAT_TOLERANCE)
     found: dict[str, float] = {}
     for name in outputs[0]:
         arrays = [row[name] for row in outputs]
@@ -197,7 +200,7 @@ def tolerances(outputs: Sequence[dict[str, np.ndarray]], quant: QuantInfo | None
             continue
         values = np.concatenate([array[np.isfinite(array)].astype(np.float64).ravel() for array in arrays])
         spread = float(np.max(values, initial=0.0) - np.min(values, initial=0.0))
-        found[name] = max(SMALLEST_TOLERANCE, spread * (INT8_STEPS / INT8_LEVELS if quant else FLOAT_TOLERANCE))
+        found[name] = max(SMALLEST_TOLERANCE, spread * share)
     return found
 
 
