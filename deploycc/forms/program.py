@@ -66,7 +66,7 @@ def input_shapes(program: ExportedProgram) -> list[tuple[int | str, ...]]:
     """Of every input that the user gives, in order; a free axis as text."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     shapes = (values[str(name)].shape for name in program.graph_signature.user_inputs)
-    return [tuple(dim if isinstance(dim, int) else str(dim) for dim in shape) for shape in shapes]
+    return [tuple(int(text) if (text := str(dim)).isdigit() else text for dim in shape) for shape in shapes]  # a fixed axis may be a SymInt
 
 
 def read(path: Path) -> ExportedProgram:

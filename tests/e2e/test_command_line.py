@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from deploycc import contest
+from deploycc.core import target as targets
 from deploycc.runtime import cuda
 
 TARGET = ("--target", "quick.toml")
@@ -222,6 +224,20 @@ def test_the_torch_targets_compile_too(deploycc, tmp_path, target):
     int8 = next(row for row in result.json["candidates"] if row["name"] == "compiled")
     assert int8["sqnr_db"] > 15
     assert int8["int8_macs"] > 0.9
+
+
+def test_an_inductor_bundle_runs_by_its_own_runner(deploycc, tmp_path):
+    if obstacle := contest.obstacle(targets.load("x86-inductor")):
+        pytest.skip(obstacle)
+    result = deploycc("compile", "net.py:make", "--target", "x86-inductor", *DATA, "-o", tmp_path / "b", "--json")
+    assert result.status == 0, result.err
+    shipped = next(row for row in result.json["candidates"] if row["name"] == "float")
+    assert shipped["sqnr_db"] > 80
+    assert shipped["p50_ms"] is not None
+    assert deploycc("verify", tmp_path / "b").status == 0
+    done = subprocess.run([sys.executable, "runner.pyz", "selftest"], cwd=tmp_path / "b", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "golden samples on torch" in done.stdout
 
 
 def test_two_compiles_share_what_is_finished(deploycc, tmp_path):

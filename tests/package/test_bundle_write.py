@@ -182,9 +182,10 @@ def test_tolerances_follow_range_and_precision():
     ]
     assert tolerances(outputs, None) == {"y": pytest.approx(10 * 1e-4), "index": 0.0}
     assert tolerances(outputs, STATIC)["y"] == pytest.approx(8 * 10 / 255)
+    assert tolerances(outputs, None, "bf16")["y"] == pytest.approx(8 * 10 / 255)
     assert tolerances(outputs, None, "f16")["y"] == pytest.approx(10 * 0.01)
-    assert tolerances(outputs, STATIC, "f16")["y"] == pytest.approx(8 * 10 / 255)
-    assert tolerances(outputs, STATIC, "bf16")["y"] == pytest.approx(10 * 0.05)
+    for precision in ("f32", "f16", "bf16"):
+        assert tolerances(outputs, STATIC, precision)["y"] == pytest.approx(8 * 10 / 255)
     assert tolerances([{"y": np.zeros(3, np.float32)}], None) == {"y": 1e-6}
     assert tolerances([{"y": np.array([-np.inf, 2.0])}], None) == {"y": pytest.approx(2e-4)}
 
