@@ -26,7 +26,7 @@ from typing import Any
 from _quantizers_cases import Case, Given, open_target, options_of, prepare
 from _quantizers_made import OURS, PEER, Made, answers, judge
 from _quantizers_ours import float_row
-from _quantizers_peers import TorchSession, run_peer
+from _quantizers_peers import TorchSession, brief, run_peer
 from _shared import about, real_photos, results_folder, say, slug, table, write
 from quantizers import IMAGES, MODELS, NNCF, NNCF_TRANSFORMER, STATIC_PEERS, Peer, _ready
 
@@ -63,7 +63,7 @@ def ours(case: Case, photos: Photos, folder: Path, threads: int) -> tuple[Made, 
     loaded = bundles.load(result.bundle.folder)
     told = [f"{item.plan.target.name} {result.bench.get(item.plan.target.name).p50_ms:.2f} ms" for item in result.compiled]
     size = sum((loaded.folder / name).stat().st_size for name in result.best.shipped.built.files)
-    told += [f"{who}: {why}" for who, why in result.refused]
+    told += [f"{who}: {brief(why)}" for who, why in result.refused]
     return Made(f"--target {FAMILY} ({result.best.plan.target.name})", OURS, "", lambda: bundles.open_session(loaded, threads), size), told
 
 
