@@ -120,10 +120,10 @@ def test_normalization_and_products_of_a_transformer():
     )
     weights = {"gain": some(8), "shift": some(8), "w1": some(8, 6), "b1": some(6), "w2": some(6, 5)}
     first, second = found(body, **weights)
-    assert (told(first), first.normalized) == (({"n"}, ["gain", "shift"], ["w1"]), True)
-    assert (told(second), second.normalized) == (({"q", "c", "r"}, ["w1", "b1"], ["w2"]), False)
+    assert (told(first), first.written_by("LayerNormalization")) == (({"n"}, ["gain", "shift"], ["w1"]), True)
+    assert (told(second), second.written_by("LayerNormalization")) == (({"q", "c", "r"}, ["w1", "b1"], ["w2"]), False)
     assert [reader.weight.axis for reader in (*first.readers, *second.readers)] == [0, 0]
-    assert not any(group.normalized for group in found(body.replace("(x, gain", "<axis=1>(x, gain"), **weights))
+    assert not any(group.written_by("LayerNormalization") for group in found(body.replace("(x, gain", "<axis=1>(x, gain"), **weights))
 
 
 @pytest.mark.parametrize("attributes", ["alpha=2.0", "transA=1"])
