@@ -109,7 +109,7 @@ def compare(net: Net, ways: Sequence[Way], batch: int, setting: Setting) -> tupl
         say(f"{net.given.name}, batch {batch}: one interleaved run over {len(live)} rows")
         try:
             bench = _timed(live, probes, setting)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001  # likewise: it is then the reason of all that took part
             for name in live:
                 found[name]["problem"] = f"the interleaved run failed: {brief(error)}"
             return list(found.values()), None
@@ -163,7 +163,7 @@ def _hosts(live: Mapping[str, GpuSession], net: Net, batch: int, settings: Bench
         return {}
     try:
         bench = measure(candidates, settings=settings)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001  # likewise
         return {name: {"host_problem": brief(error)} for name in held}
     return {item.name: {"host_p50_ms": item.p50_ms, "host_interval_ms": list(item.interval())} for item in bench.measurements}
 

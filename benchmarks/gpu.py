@@ -1,7 +1,7 @@
 """Everything that an NVIDIA GPU does with the same networks, in one command: PyTorch, TensorRT, ONNX Runtime, and the card's own peaks.
 
     python benchmarks/gpu.py FOLDER [--only resnet50 vit_b_16 …] [--batches 1 32] [--minutes 20] [--out RESULTS]
-                                    [--tensorrt8-python /opt/py310/bin/python3.10]
+                                    [--tensorrt8-python PYTHON3.10]
 
 Prints one JSON document, and writes gpu.json, gpu.md and the raw samples of every interleaved run to `results/<GPU>/`, after each network.
 Nothing is downloaded. What is missing (TensorRT, onnxruntime-gpu, a type that the card lacks) is a row that says so. FOLDER keeps the ONNX

@@ -85,12 +85,18 @@ def field(text: str) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]] | No
     reasons = {name: obstacle(targets.load(name)) for name in names}
     out = tuple((name, reason) for name, reason in reasons.items() if reason is not None)
     if out and "," in text:
-        raise UsageError(f"target '{out[0][0]}' cannot be timed on this machine: {out[0][1]}", fix="leave it out of --target")
+        raise _untimed(*out[0])
     chosen = tuple(name for name in names if reasons[name] is None)
     if not chosen:
         told = f"no target of '{text}' runs on this machine: {out[0][0]}: {out[0][1]}"
         raise TargetError(told, fix="`deploycc doctor` says what is missing")
     return chosen, out
+
+
+def _untimed(name: str, reason: str) -> UsageError:
+    return UsageError(
+        f"target '{name}' cannot be timed on this machine: {reason}", fix="leave it out; `deploycc doctor` says what is missing"
+    )
 
 
 def run(
@@ -148,9 +154,11 @@ def shoot_out(
 ) -> Contest:  # fmt: skip
     """Compile for the targets that `text` names and time them; the bundles go away with the run.
 
-    Raises what `field` and `run` raise.
+    Raises what `field` and `run` raise; UsageError for one target alone that cannot be timed here, too.
     """
     names, left_out = field(text) or ((text,), ())
+    if names == (text,) and (reason := obstacle(targets.load(text))) is not None:
+        raise _untimed(text, reason)
     with tempfile.TemporaryDirectory(prefix="deploycc-") as folder:
         return run(model, replace(options, output=Path(folder) / "bundle", zip=False), names, left_out, race, progress, say)
 

@@ -1,8 +1,10 @@
-"""A tiny real model and a bundle of it, for tests of whatever reads or writes one."""
+"""A tiny real model and a bundle of it, for tests of whatever reads or writes one; and the modules of benchmarks/."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from deploycc.runtime.signature import Signature, TensorSpec
 from deploycc.runtime.transform import Transform
 
 SIDE, CLASSES = 8, 5
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="session")
@@ -149,3 +152,26 @@ def make_contents(tiny_onnx: Path, tiny_signature: Signature) -> Callable[..., C
         return replace(contents, **changes)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[Callable[..., Any]]:
+    """Modules of benchmarks/ by name, as the scripts import them."""
+    sys.path.insert(0, str(BENCHMARKS))
+    before = set(sys.modules)
+
+    def load(name: str, folder: Path = BENCHMARKS) -> Any:
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules.get(name) or importlib.util.module_from_spec(spec)
+        if name not in sys.modules:
+            sys.modules[name] = module
+            spec.loader.exec_module(module)
+        return module
+
+    yield load
+    sys.path.remove(str(BENCHMARKS))
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]

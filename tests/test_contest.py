@@ -226,3 +226,8 @@ def test_a_shoot_out_of_one_target_is_a_table_too(net, tmp_path, monkeypatch):
     assert contest.shoot_out(net, options(tmp_path), "x86-fbgemm", race) == "found"
     assert seen["names"] == ("x86-fbgemm",)
     assert not seen["output"].parent.exists()
+    monkeypatch.setattr(contest, "obstacle", lambda target: "it is for another CPU")
+    with pytest.raises(UsageError, match="'x86-fbgemm' cannot be timed on this machine: it is for another CPU"):
+        contest.shoot_out(net, options(tmp_path), "x86-fbgemm", race)
+    with pytest.raises(UnknownName, match="nowhere"):
+        contest.shoot_out(net, options(tmp_path), "nowhere", race)

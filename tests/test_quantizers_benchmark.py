@@ -1,8 +1,6 @@
 """quantizers.py: how rows are judged, when a bar is met, what the page says; no model is quantized here."""
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,27 +16,6 @@ from deploycc.errors import DataError, UsageError
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 MS = 1_000_000
-
-
-@pytest.fixture(scope="module")
-def script():
-    """Modules of benchmarks/ by name, as the script imports them."""
-    sys.path.insert(0, str(BENCHMARKS))
-    before = set(sys.modules)
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        module = sys.modules.get(name) or importlib.util.module_from_spec(spec)
-        if name not in sys.modules:
-            sys.modules[name] = module
-            spec.loader.exec_module(module)
-        return module
-
-    yield load
-    sys.path.remove(str(BENCHMARKS))
-    for name in set(sys.modules) - before:
-        if name.startswith("_quantizers") or name == "quantizers":
-            del sys.modules[name]
 
 
 def scores(*best, classes=4):
@@ -324,6 +301,21 @@ def test_a_peer_that_the_runtime_fails_on_is_a_row_that_says_so(script, tmp_path
     assert fails[1].problem == "the runtime fails on it: zero point at c.cc"
     with pytest.raises(RuntimeError):
         quantizers.compare(case, [fails[0], replace(fails[1], side=made.OURS, open=lambda: Answering("x"), problem="")], None, tmp_path)
+
+
+def test_rows_of_ours_and_of_peers_can_be_left_out(script, monkeypatch, tmp_path):
+    quantizers, made = script("quantizers"), script("_quantizers_made")
+    row = made.Made
+    monkeypatch.setattr(quantizers, "float_row", lambda case: row("float", made.PEER))
+    monkeypatch.setattr(quantizers, "compiled", lambda *rest: row("compiled", made.OURS))
+    monkeypatch.setattr(quantizers, "quantize", lambda case, item, work: row(item.name, made.OURS))
+    monkeypatch.setattr(quantizers, "run_peer", lambda case, peer, *rest: row(peer.name, made.PEER))
+    out = ["+ octav", quantizers.BASELINE]
+    options = quantizers.arguments([str(tmp_path), "--only", "lite0", "--without", *out])
+    case = SimpleNamespace(given=SimpleNamespace(name="lite0", kind=quantizers.IMAGES))
+    found = {item.name: item for item in quantizers.line_up(case, options, None, tmp_path)}
+    assert [name for name, item in found.items() if item.problem == quantizers.LEFT_OUT] == out
+    assert len(found) == 2 + len(quantizers.ABLATION) + len(quantizers.PEERS[quantizers.IMAGES])
 
 
 # --- x86.py

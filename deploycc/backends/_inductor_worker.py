@@ -88,7 +88,7 @@ def main(folder: Path) -> None:
     import torch._inductor
     from torch._inductor import config
 
-    config.cpp.cxx = ("g++",)  # type: ignore[assignment]
+    config.cpp.cxx = ("g++",)  # type: ignore[assignment]  # a tuple of another length is declared
     known = config.get_config_copy()
     program = torch.export.load(folder / PROGRAM)
     options = {name: value for name, value in OPTIONS.items() if name in known}

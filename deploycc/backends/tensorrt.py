@@ -20,7 +20,7 @@ from deploycc.backends._tensorrt_settings import OLDEST, is_version_8
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, enforce
 from deploycc.core.kernels import Kernel
-from deploycc.core.target import Target
+from deploycc.core.target import Engine, Target
 from deploycc.errors import UnsupportedError
 from deploycc.runtime import cuda
 from deploycc.runtime.sessions import tensorrt as session
@@ -119,9 +119,7 @@ class TensorRt:
 
         if probing.checker() is None:
             return []
-        found = probing.probe(
-            model, Recipe.parse(runtime.get("recipe", "")), CHECKED[-1], seconds=Target.model_fields["engine"].default.check_seconds
-        )
+        found = probing.probe(model, Recipe.parse(runtime.get("recipe", "")), CHECKED[-1], seconds=Engine().check_seconds)
         macs = _macs(read(model))
         return [_kernel(layer, macs) for layer in found.layers]
 

@@ -70,13 +70,13 @@ class ChannelScaling(Pass):
         scalers = prepare(model.graph)
         found = [group for group in groups(model.graph, scalers) if wanted(group)]
         if not found:
-            raise NothingToDo(f"{self.name}: the model has no {what}", fix="leave it out")
+            raise NothingToDo(f"the model has no {what}", fix=f"leave {self.name} out")
         seen = _statistics(model, found, artifact, context)
         told = [told for group in found if (told := self._scale(group, seen, scalers, context))]
         for node in [node for node in model.graph if node.name in scalers and (_array(_constant(node)) == 1).all()]:
             _bypass(node)
         if not told:
-            raise NothingToDo(f"{self.name}: the channels of all {len(found)} groups are best as they are", fix="leave it out")
+            raise NothingToDo(f"the channels of all {len(found)} groups are best as they are", fix=f"leave {self.name} out")
         notes = [f"{len(told)} of {len(found)} groups of tensors scaled channel by channel", *told[:SHOWN]]
         return artifact.evolve(model, notes=tuple(notes))
 

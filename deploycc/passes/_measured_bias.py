@@ -13,9 +13,9 @@ activations shift, here and in every layer before.
 What is added is shrunk where the calls differ more than their mean, max(0, 1 − v/m²), v the variance of the mean over the calls, m the
 mean: one of few calls is a guess (W. James, C. Stein, "Estimation with quadratic loss", 1961, positive part).
 
-165 photos, dB to float: with what rounding the weights is expected to shift; on top of it the plain mean of 32 calls; weighed as above;
-and of 85 calls, as correct-bias=best has it with 128 calibration samples. EfficientNet-Lite0 25.2, 23.8, 25.3, 25.3; Lite1 24.5, 24.0,
-24.3, 25.2; Lite2 25.1, 25.5, 25.9, 26.0.
+What that won when it was made, dB to float on 165 photos: with what rounding the weights is expected to shift; on top of it the plain mean
+of 32 calls; weighed as above; and of 85 calls, as correct-bias=best has it with 128 calibration samples. EfficientNet-Lite0 25.2, 23.8,
+25.3, 25.3; Lite1 24.5, 24.0, 24.3, 25.2; Lite2 25.1, 25.5, 25.9, 26.0. The first and the last are rows of benchmarks/quantizers.py.
 
 Both graphs are computed node by node over ABREAST calls side by side (`_onnx_torch`), so that one run corrects every layer: behind what all
 calls so far say of the layers before. Memory is that of ABREAST calls' living tensors, whatever the number of samples.

@@ -76,3 +76,18 @@ class Signature:
             return tuple(TensorSpec(item["name"], item["dtype"], tuple(item["shape"])) for item in value[key])
 
         return cls(specs("inputs"), specs("outputs"))
+
+
+class FeedsCheck:
+    """`Signature.check`, once per kind of feeds: a full one costs 4 µs, as much as a tiny model."""
+
+    def __init__(self, signature: Signature) -> None:
+        self._signature = signature
+        self._seen: list[object] = []
+
+    def __call__(self, feeds: Feeds) -> None:
+        """Raises SignatureError, also after feeds that fit."""
+        seen: list[object] = [(name, array.dtype, array.shape) for name, array in feeds.items()]
+        if seen != self._seen:
+            self._signature.check(feeds)
+            self._seen = seen

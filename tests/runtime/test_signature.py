@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from deploycc.errors import SignatureError
-from deploycc.runtime.signature import Signature, TensorSpec
+from deploycc.runtime.signature import FeedsCheck, Signature, TensorSpec
 
 SIGNATURE = Signature((TensorSpec("x", "float32", ("N", 3)), TensorSpec("k", "int64", ())), (TensorSpec("y", "float32", ("N", 2)),))
 
@@ -41,3 +41,19 @@ def test_samples_have_no_batch_axis():
 def test_json_round_trip_and_text():
     assert Signature.from_json(SIGNATURE.to_json()) == SIGNATURE
     assert str(SIGNATURE.inputs[0]) == "x: float32[N, 3]"
+
+
+def test_feeds_are_checked_once_per_kind_and_again_when_they_change(monkeypatch):
+    signature = Signature((TensorSpec("x", "float32", ("n", 4)),), ())
+    asked = []
+    whole = Signature.check
+    monkeypatch.setattr(Signature, "check", lambda self, feeds: asked.append(next(iter(feeds.values())).shape) or whole(self, feeds))
+    check = FeedsCheck(signature)
+    for rows in (1, 1, 2, 2, 1):
+        check({"x": np.zeros((rows, 4), np.float32)})
+    assert asked == [(1, 4), (2, 4), (1, 4)]
+    for wrong in ({"x": np.zeros((1, 4))}, {"x": np.zeros((1, 5), np.float32)}, {"y": np.zeros((1, 4), np.float32)}):
+        with pytest.raises(SignatureError):
+            check(wrong)
+        with pytest.raises(SignatureError):
+            check(wrong)  # what was refused is not taken for checked

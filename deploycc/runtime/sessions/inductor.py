@@ -16,7 +16,7 @@ import numpy as np
 
 from deploycc.errors import BundleError, MismatchError
 from deploycc.runtime.machine import cpu_flags, cpu_model
-from deploycc.runtime.signature import Feeds, Outputs, Signature
+from deploycc.runtime.signature import Feeds, FeedsCheck, Outputs, Signature
 
 
 def version() -> str | None:
@@ -79,14 +79,11 @@ class InductorSession:
         self._torch = torch
         self._loader = loader
         self._threads = threads
-        self._checked: list[object] = []
+        self._check = FeedsCheck(signature)
 
     def run(self, feeds: Feeds) -> Outputs:
         """One call. Raises SignatureError."""
-        seen: list[object] = [(name, array.dtype, array.shape) for name, array in feeds.items()]
-        if seen != self._checked:  # once per kind of feeds is enough
-            self.signature.check(feeds)
-            self._checked = seen
+        self._check(feeds)
         if self._loader is None:
             raise BundleError("this session is closed", fix="open the bundle again")
         torch = self._torch

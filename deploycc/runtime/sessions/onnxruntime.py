@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deploycc.errors import BundleError, MismatchError
-from deploycc.runtime.signature import Feeds, Outputs, Signature
+from deploycc.runtime.signature import Feeds, FeedsCheck, Outputs, Signature
 
 # What ONNX Runtime says to a model that is newer than itself: (what is too new, pattern of model's and runtime's value).
 TOO_NEW = (
@@ -118,14 +118,11 @@ class OrtSession:
         self.signature = signature
         self._run = loaded.run
         self._outputs = [spec.name for spec in signature.outputs]
-        self._checked: list[object] = []
+        self._check = FeedsCheck(signature)
 
     def run(self, feeds: Feeds) -> Outputs:
         """One call. Raises SignatureError."""
-        seen: list[object] = [(name, array.dtype, array.shape) for name, array in feeds.items()]
-        if seen != self._checked:  # a full check costs 4 µs, as much as a tiny model: once per kind of feeds is enough
-            self.signature.check(feeds)
-            self._checked = seen
+        self._check(feeds)
         return dict(zip(self._outputs, self._run(self._outputs, feeds), strict=True))
 
     def synchronize(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from deploycc.errors import BundleError, MismatchError
-from deploycc.runtime.signature import Feeds, Outputs, Signature
+from deploycc.runtime.signature import Feeds, FeedsCheck, Outputs, Signature
 
 CACHE = "DEPLOYCC_CACHE"
 FLOAT32 = "f32"
@@ -103,14 +103,11 @@ class OpenVinoSession:
         self.signature = signature
         self._request: Any = loaded.create_infer_request()
         self._outputs = [(spec.name, loaded.output(spec.name)) for spec in signature.outputs]
-        self._checked: list[object] = []
+        self._check = FeedsCheck(signature)
 
     def run(self, feeds: Feeds) -> Outputs:
         """One call. Raises SignatureError."""
-        seen: list[object] = [(name, array.dtype, array.shape) for name, array in feeds.items()]
-        if seen != self._checked:  # once per kind of feeds: see the session of ONNX Runtime
-            self.signature.check(feeds)
-            self._checked = seen
+        self._check(feeds)
         if self._request is None:
             raise BundleError("this session is closed", fix="open the bundle again")
         found = self._request.infer({name: np.ascontiguousarray(array) for name, array in feeds.items()}, share_inputs=True)

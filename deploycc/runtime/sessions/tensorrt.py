@@ -22,7 +22,7 @@ import numpy as np
 
 from deploycc.errors import BundleError, MismatchError, SignatureError
 from deploycc.runtime import cuda
-from deploycc.runtime.signature import Feeds, Outputs, Signature
+from deploycc.runtime.signature import Feeds, FeedsCheck, Outputs, Signature
 from deploycc.runtime.tensorrt_engine import Recipe, build, complaints, logger
 
 MODULE = "tensorrt"
@@ -169,14 +169,12 @@ class TensorRtSession:
         self._types = {name: _numpy_type(name, engine.get_tensor_dtype(name)) for name in names}
         self._device = cuda.Device()
         self._context: Any = engine.create_execution_context()
-        self._checked: list[object] = []
+        self._check = FeedsCheck(signature)
+        self._fed = False
 
     def run(self, feeds: Feeds) -> Outputs:
         """One call, copies to and from the GPU included. Raises SignatureError, also for a shape that the profile does not hold."""
-        seen: list[object] = [(name, array.dtype, array.shape) for name, array in feeds.items()]
-        if seen != self._checked:  # once per kind of feeds: see the session of ONNX Runtime
-            self.signature.check(feeds)
-            self._checked = seen
+        self._check(feeds)
         if self._context is None:
             raise BundleError("this session is closed", fix="open the bundle again")
         self._device.activate()
@@ -196,6 +194,7 @@ class TensorRtSession:
         for name, array in outputs.items():
             self._device.receive(array, self._device.buffer(name, array.nbytes))
         self._device.wait()
+        self._fed = True
         del held  # the copies have read them
         types = {spec.name: np.dtype(spec.dtype) for spec in self.signature.outputs}
         return {name: array.astype(types[name], copy=False) for name, array in outputs.items()}
@@ -208,7 +207,7 @@ class TensorRtSession:
             if array.min() < limits.min or array.max() > limits.max:
                 raise SignatureError(
                     f"input '{name}' holds {array.min()} to {array.max()}, which {kind} does not",
-                    fix=f"this TensorRT computes it in {kind}",
+                    fix=f"feed values that {kind} holds, in which this TensorRT computes, or use TensorRT 10",
                 )
         ready = np.ascontiguousarray(array, kind)
         if not self._context.set_input_shape(name, ready.shape):
@@ -226,7 +225,7 @@ class TensorRtSession:
 
         Raises BundleError when nothing has run, the session is closed, or TensorRT refuses.
         """
-        if self._context is None or not self._checked:
+        if self._context is None or not self._fed:
             raise BundleError("there are no inputs on the GPU to run the engine on", fix="call `run` of an open session first")
         if not self._context.execute_async_v3(stream):
             raise BundleError("TensorRT did not run the engine", fix="check the GPU's free memory; `runner.pyz selftest` tries again")

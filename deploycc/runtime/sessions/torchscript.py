@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deploycc.errors import BundleError, MismatchError
-from deploycc.runtime.signature import Feeds, Outputs, Signature
+from deploycc.runtime.signature import Feeds, FeedsCheck, Outputs, Signature
 
 
 def version() -> str | None:
@@ -113,14 +113,11 @@ class TorchScriptSession:
         self._torch: Any = _torch({})
         self._inputs = [spec.name for spec in signature.inputs]
         self._outputs = [spec.name for spec in signature.outputs]
-        self._checked: list[object] = []
+        self._check = FeedsCheck(signature)
 
     def run(self, feeds: Feeds) -> Outputs:
         """One call. Raises SignatureError."""
-        seen: list[object] = [(name, array.dtype, array.shape) for name, array in feeds.items()]
-        if seen != self._checked:  # once per kind of feeds is enough
-            self.signature.check(feeds)
-            self._checked = seen
+        self._check(feeds)
         torch = self._torch
         if torch.backends.quantized.engine != self._engine:
             _set_engine(torch, self._engine)
