@@ -194,16 +194,16 @@ def compile_command(
     Exit status 0: the bundle met every limit; 1: the run failed; 2: wrong usage; 3: a bundle was written, but a limit was not met.
     """
     options = _options(**locals())
-    from deploycc import contest, driver, render
+    from deploycc import contest, driver, render, render_contest
 
     if (field := contest.field(target)) is not None:
         chosen, left_out = field
         with _progress() as progress:
             found = contest.run(model, options, chosen, left_out, progress=progress, say=lambda line: print(line, file=sys.stderr))
         if json:
-            _emit(render.contest_json(found))
+            _emit(render_contest.contest_json(found))
         else:
-            for part in (*render.contest(found), *render.contest_end(found)):
+            for part in (*render_contest.contest(found), *render_contest.contest_end(found)):
                 _print(part)
         raise typer.Exit(found.exit_status)
     with _progress() as progress:
@@ -269,7 +269,7 @@ def bench(
 
     With --targets one model is compiled for each of them, and what shipped is measured, beside eager PyTorch; no bundle is kept.
     """
-    from deploycc import contest, render
+    from deploycc import contest, render, render_contest
     from deploycc.core.target import Bench
     from deploycc.errors import UsageError
     from deploycc.planning import Options, parse_shapes
@@ -287,9 +287,9 @@ def bench(
         if save:
             found.bench.save(save)
         if json:
-            _emit(render.contest_json(found) | {"bundle": None})
+            _emit(render_contest.contest_json(found) | {"bundle": None})
             return
-        for part in render.contest(found):
+        for part in render_contest.contest(found):
             _print(part)
         return
     with _progress() as progress:
@@ -456,14 +456,14 @@ def demo(
     json: Json = False,
 ) -> None:
     """Compile EfficientNet-Lite0 for every target that runs here, on real photos, and show what came out."""
-    from deploycc import render, showcase
+    from deploycc import render_contest, showcase
 
     with _progress() as progress:
         found = showcase.run(target, output, fetch=fetch, progress=progress, say=lambda line: print(line, file=sys.stderr))
     if json:
-        _emit(render.shown_json(found))
+        _emit(render_contest.shown_json(found))
         return
-    for part in render.shown(found):
+    for part in render_contest.shown(found):
         _print(part)
 
 

@@ -18,19 +18,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from deploycc.bench.result import BenchResult, Comparison
-    from deploycc.contest import Contest
     from deploycc.core.artifact import Receipt
     from deploycc.decision import Attempt
     from deploycc.driver import Compiled
     from deploycc.package.manifest import LimitCheck
     from deploycc.planning import Plan
-    from deploycc.showcase import Shown
 
 DASH = "–"
 SHOWN_DOUBTS = 3
 
 
-def _table(*columns: str, title: str | None = None, left: int = 1) -> Table:
+def table_of(*columns: str, title: str | None = None, left: int = 1) -> Table:
     """The first `left` columns are text, the others numbers."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
@@ -52,7 +50,7 @@ def fitting(table: Table, console: Console) -> list[Table]:
 
 
 def _part(table: Table, columns: Sequence[int]) -> Table:
-    part = _table()
+    part = table_of()
     part.title = table.title
     for index in columns:
         part.add_column(table.columns[index].header, justify=table.columns[index].justify, no_wrap=index > 0)
@@ -117,107 +115,9 @@ def _best(result: Compiled) -> Attempt:
     return best(result.outcome.attempts) if result.outcome.attempts else result.outcome.parent
 
 
-def contest(found: Contest, title: str = "") -> Iterator[Any]:
-    """One row per target, and what the table cannot say."""
-    metric = next((row["metric_name"] for row in contest_rows(found) if row["metric_name"]), "metric")
-    table = _table("target", "ships", "bytes", "p50 ms [95 %]", "p99 ms", "speed-up", metric, "agreement", "SQNR", "int8 MACs", left=2)
-    environment = found.bench.environment
-    table.title = f"{title or found.best.reference.source}, {environment.cpu_model}, {environment.threads} thread(s)"
-    for row in contest_rows(found):
-        ratio = row["speedup"]
-        table.add_row(
-            f"{row['name']} ← best" if row["best"] else row["name"],
-            row["ships"],
-            size(row["bytes"]) if row["bytes"] is not None else DASH,
-            interval(row["p50_ms"]),
-            milliseconds(row["p99_ms"]),
-            f"{ratio[0]:.2f}× [{ratio[1]:.2f}, {ratio[2]:.2f}]" if ratio else DASH,
-            percent(row["metric"]),
-            percent(row["agreement"]),
-            decibel(row["sqnr_db"]),
-            percent(row["int8_macs"]),
-            style="bold green" if row["best"] else None,
-        )
-    yield table
-    yield ""
-    yield f"speed-up over {found.bench.baseline}"
-    for result in found.compiled:
-        name = result.plan.target.name
-        if result.outcome.decision.shipped == "float" and result.plan.pipeline != result.plan.pipeline.lossless():
-            yield f"{name} ships float: {result.outcome.decision.reason}"
-        yield from (f"{name}: limit not met: {check.name}" for check in result.limits if check.met is False)
-    yield from (f"{name} takes no part: {reason}" for name, reason in found.refused)
-    yield from doubts(found.bench.warnings())
-
-
-def shown(found: Shown) -> Iterator[Any]:
-    """The demo's one table, and what it cannot say."""
-    yield from contest(found.contest, f"EfficientNet-Lite0, {found.photos.labelled} labelled photos")
-    yield from (f"note: {note}" for note in found.photos.notes)
-    yield from contest_end(found.contest)
-
-
-def contest_end(found: Contest) -> Iterator[str]:
-    """Where the best is, and what to do with it."""
-    folder = found.bundle.folder
-    yield f"best bundle: {folder} ({found.best.plan.target.name}); all of it took {found.seconds:.0f} s"
-    yield f"next: deploycc run {folder} INPUT, or python {folder}/runner.pyz selftest"
-
-
-def contest_rows(found: Contest) -> list[dict[str, Any]]:
-    """As plain values; speed-up is over the bench's baseline, eager PyTorch where the model is a torch module."""
-    from deploycc.decision import EAGER
-
-    reference = found.compiled[0].outcome.parent.accuracy
-    eager = [_contest_row(found, EAGER, None, reference.reference if reference else None)] if found.bench.baseline == EAGER else []
-    return eager + [_contest_row(found, result.plan.target.name, result, None) for result in found.compiled]
-
-
-def _contest_row(found: Contest, name: str, result: Compiled | None, metric: float | None) -> dict[str, Any]:
-    timed = found.bench.get(name)
-    attempt = result.shipped if result else None
-    accuracy = attempt.accuracy if attempt else None
-    ratio = found.bench.ratio(name) if result else None
-    return {
-        "name": name,
-        "best": result is found.best,
-        "ships": ("int8" if attempt.artifact.quant else "float") if attempt else DASH,
-        "bytes": attempt.bytes if attempt else None,
-        "p50_ms": (timed.p50_ms, *timed.interval()),
-        "p99_ms": timed.p99_ms,
-        "speedup": (ratio.value, ratio.low, ratio.high) if ratio else None,
-        "metric_name": accuracy.metric if accuracy else None,
-        "metric": accuracy.candidate if accuracy else metric,
-        "agreement": accuracy.agreement if accuracy else None,
-        "sqnr_db": accuracy.sqnr_db if accuracy else None,
-        "int8_macs": attempt.built.coverage.int8_macs if attempt else None,
-    }
-
-
-def contest_json(found: Contest) -> dict[str, Any]:
-    """As one document."""
-    return finite(
-        {
-            "rows": contest_rows(found),
-            "best": found.best.plan.target.name,
-            "bundle": str(found.bundle.folder),
-            "refused": dict(found.refused),
-            "bench": found.bench.model_dump(mode="json"),
-            "warnings": list(found.bench.warnings()),
-            "seconds": found.seconds,
-        }
-    )
-
-
-def shown_json(found: Shown) -> dict[str, Any]:
-    """The demo as one document."""
-    photos = {"labelled": found.photos.labelled, "sources": list(found.photos.sources), "notes": list(found.photos.notes)}
-    return contest_json(found.contest) | {"photos": photos}
-
-
 def passes_table(history: Sequence[Receipt]) -> Table:
     """One row per pass."""
-    table = _table("pass", "bytes", "MACs", "ms p50 [95 %]", "metric", "SQNR to float", "seconds", left=1)
+    table = table_of("pass", "bytes", "MACs", "ms p50 [95 %]", "metric", "SQNR to float", "seconds", left=1)
     for receipt in history:
         name = receipt.spec.partition("{")[0] + ("" if receipt.changed else " (nothing to do)")
         drift = receipt.to_reference
@@ -236,7 +136,7 @@ def passes_table(history: Sequence[Receipt]) -> Table:
 
 def candidates_table(result: Compiled) -> Table:
     """Eager, float and compiled side by side, the shipped one marked."""
-    table = _table("artifact", "bytes", "p50 ms [95 %]", "p99 ms", "speed-up", "metric", "agreement", "SQNR", "int8 MACs", left=1)
+    table = table_of("artifact", "bytes", "p50 ms [95 %]", "p99 ms", "speed-up", "metric", "agreement", "SQNR", "int8 MACs", left=1)
     for row in candidate_rows(result):
         style = "bold green" if row["shipped"] else None
         marked = f"{row['name']} ← shipped" if row["shipped"] else str(row["name"])
@@ -316,8 +216,20 @@ def _remarks(result: Compiled) -> Iterator[Text | str]:
         yield f"note: {note}"
     if result.plan.misfit:
         yield f"note: latency is not measured: {result.plan.misfit}"
-    yield from doubts(result.outcome.bench.warnings()) if result.outcome.bench else ()
+    if bench := result.outcome.bench:
+        yield from slower_than_eager(bench, result.outcome.decision.shipped, f"the {result.outcome.decision.shipped} artifact")
+        yield from doubts(bench.warnings())
     yield f"bundle: {result.bundle.folder}  ({result.seconds:.0f} s)"
+
+
+def slower_than_eager(bench: BenchResult, name: str, called: str) -> Iterator[str]:
+    """That a candidate loses to PyTorch as it comes, where the clock says so: the user would ship it for nothing."""
+    from deploycc.decision import EAGER
+
+    if name != EAGER and any(item.name == EAGER for item in bench.measurements):
+        ratio = bench.ratio(name, EAGER)
+        if ratio.verdict == "slower":
+            yield f"! {called} is slower than {EAGER} here ({ratio}): use another target"
 
 
 def doubts(warnings: Sequence[str]) -> Iterator[str]:
@@ -398,7 +310,7 @@ def plan_json(plan: Plan, model: str) -> dict[str, Any]:
 def bench_table(result: BenchResult) -> Table:
     """One row per candidate; the first is the baseline."""
     threads = result.settings.threads
-    table = _table("candidate", "p50 ms [95 %]", "p90", "p99", "runs", "cold ms", "memory", f"speed-up over {result.baseline}", left=1)
+    table = table_of("candidate", "p50 ms [95 %]", "p90", "p99", "runs", "cold ms", "memory", f"speed-up over {result.baseline}", left=1)
     table.title = f"{result.environment.cpu_model}, {threads} thread{'s' if threads > 1 else ''}"
     for item in result.measurements:
         ratio = str(result.ratio(item.name)) if item.name != result.baseline else "baseline"
@@ -410,7 +322,7 @@ def bench_table(result: BenchResult) -> Table:
 
 def comparison_table(found: Comparison) -> Table:
     """Speed-up of the second result over the first."""
-    table = _table("candidate", "speed-up of the second", left=1)
+    table = table_of("candidate", "speed-up of the second", left=1)
     for name, ratio in found.ratios.items():
         table.add_row(name, str(ratio))
     return table
@@ -420,7 +332,7 @@ def prediction(found: Mapping[str, Any]) -> Any:
     """Best classes, or the raw outputs."""
     if "predictions" not in found:
         return json.dumps(found["outputs"])
-    table = _table("class", "index", "score", left=1)
+    table = table_of("class", "index", "score", left=1)
     for item in found["predictions"]:
         table.add_row(item.get("name", DASH), str(item["index"]), f"{item['score']:.4f}")
     return table

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from deploycc import contest, driver, render
+from deploycc import contest, driver, render_contest
 from deploycc.bench.result import load
 from deploycc.cli import app
 from deploycc.core import target as targets
@@ -100,10 +100,10 @@ def test_the_best_is_kept_and_the_others_are_told(net, tmp_path):
     assert bundles.load(tmp_path / "best").manifest["target"]["name"] == found.best.plan.target.name
     assert (tmp_path / "best.zip").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "best.zip", "cache", "data.npz", "net.py"]
-    text = "\n".join(part for part in (*render.contest(found), *render.contest_end(found)) if isinstance(part, str))
+    text = "\n".join(part for part in (*render_contest.contest(found), *render_contest.contest_end(found)) if isinstance(part, str))
     assert "c takes no part: not here" in text
     assert "bad takes no part" in text
-    document = render.contest_json(found)
+    document = render_contest.contest_json(found)
     assert [row["name"] for row in document["rows"]] == ["PyTorch eager", "a", "b"]
     assert [row["name"] for row in document["rows"] if row["best"]] == [document["best"]]
 
@@ -231,3 +231,15 @@ def test_a_shoot_out_of_one_target_is_a_table_too(net, tmp_path, monkeypatch):
         contest.shoot_out(net, options(tmp_path), "x86-fbgemm", race)
     with pytest.raises(UnknownName, match="nowhere"):
         contest.shoot_out(net, options(tmp_path), "nowhere", race)
+
+
+def test_a_target_that_loses_to_eager_is_told(net, tmp_path):
+    found = contest.run(net, options(tmp_path, data=str(tmp_path / "data.npz")), [quick("a"), quick("b")])
+    times = {"PyTorch eager": 2_000_000, "a": 1_000_000, "b": 9_000_000}
+    document = found.bench.model_dump(mode="json")
+    for item in document["measurements"]:
+        item["samples_ns"] = [times[item["name"]] + number % 7 for number in range(len(item["samples_ns"]))]
+    found = replace(found, bench=type(found.bench).model_validate_json(json.dumps(document)))
+    lines = [part for part in render_contest.contest(found) if isinstance(part, str) and "slower than PyTorch eager" in part]
+    (line,) = lines
+    assert line.startswith("! b is slower than PyTorch eager here (0.22×")
