@@ -64,10 +64,13 @@ class Runner(Protocol):
 
     name: ClassVar[str]
 
-    def add(self, bundle: LoadedBundle, folder: Path) -> RunnerParts:
+    def add(self, bundle: LoadedBundle, folder: Path, arch: str | None) -> RunnerParts:
         """Put the runner's files into `folder`, which holds a copy of the bundle's listed files except those of other runners.
 
+        `arch` is the device's architecture, where the user said it.
+
         Raises:
+            UsageError: it cannot honour `arch`.
             UnsupportedError: it cannot run the runtime that this bundle is for.
             MissingDependency: what it is built with is not installed.
         """
