@@ -18,10 +18,11 @@ from typing import Any
 
 from deploycc.core.store import file_digest
 from deploycc.errors import UsageError
-from deploycc.package import signing
+from deploycc.package import sbom, signing
 from deploycc.package.archive import deflated, format_of, write_archive, writing
 from deploycc.package.manifest import strip_measured
 from deploycc.package.runner import RUNNERS, Component, Runner, RunnerParts
+from deploycc.package.sbom import SBOM
 from deploycc.runtime.bundle import LoadedBundle, canonical, document_digest, listed, load
 from deploycc.runtime.seal import MANIFEST, SIGNATURE
 from deploycc.runtime.unpack import opened
@@ -141,6 +142,9 @@ def _staged(
     for name in dict.fromkeys(name for parts in added for name in parts.files):
         entry = _entry(staged, name, "runner")
         (files if entry in own else others).append(entry)
+    listing = {**loaded.manifest, "files": files, "measured": {**loaded.manifest["measured"], "files": others}}
+    (staged / SBOM).write_text(sbom.text(listing, added), encoding="utf-8")
+    others.append(_entry(staged, SBOM, "sbom"))
     manifest = _sealed(loaded, files, others)
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return manifest, added

@@ -49,12 +49,14 @@ class RunnerParts:
 
     Attributes:
         files: its files in the folder that is packed, as relative names with "/"; they get the role "runner".
-        needs: what must be on the device besides the bundle.
+        needs: what must be on the device besides the bundle, with what that needs in turn.
+        uses: names of those of `needs` that the runner itself uses; empty: all of them.
         notes: what the user should know.
     """
 
     files: tuple[str, ...]
     needs: tuple[Component, ...] = ()
+    uses: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
