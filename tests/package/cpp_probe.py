@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 from pathlib import Path
@@ -48,3 +49,13 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 def answer(done: subprocess.CompletedProcess[str]) -> Any:
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """Cut short, or with some bytes changed."""
+    if rng.random() < 0.3:
+        return content[: rng.randrange(len(content))]
+    changed = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        changed[rng.randrange(len(changed))] = rng.choice((0, 255, rng.randrange(256)))
+    return bytes(changed)

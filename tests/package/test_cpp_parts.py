@@ -128,7 +128,7 @@ def test_post_processing_gives_the_same_ranking(probe: Path, tmp_path: Path):
     transform = Transform(classes=tuple(f"class {index}" for index in range(950)))
     (tmp_path / "t.json").write_text(json.dumps(transform.to_json()))
     np.savez(tmp_path / "in.npz", s=scores)
-    found = cpp_probe.answer(cpp_probe.run(probe, "best", tmp_path / "t.json", tmp_path / "in.npz", 7))
+    found = cpp_probe.answer(cpp_probe.run(probe, "ranking", tmp_path / "t.json", tmp_path / "in.npz", 7))
     wanted = transform.predict(scores, 7)
     assert [item["index"] for item in found] == [item["index"] for item in wanted]
     assert [item["name"] for item in found] == [item.get("name", "") for item in wanted]
@@ -284,16 +284,6 @@ def test_the_machine_is_seen_as_python_sees_it(probe: Path):
         assert set(found["flags"]) <= cpu_flags()
 
 
-def damaged(content: bytes, rng: random.Random) -> bytes:
-    """Cut short, or with some bytes changed."""
-    if rng.random() < 0.3:
-        return content[: rng.randrange(len(content))]
-    changed = bytearray(content)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        changed[rng.randrange(len(changed))] = rng.choice((0, 255, rng.randrange(256)))
-    return bytes(changed)
-
-
 def test_damaged_archives_are_refused_and_nothing_crashes(probe: Path, tmp_path: Path):
     rng = random.Random(0)
     np.savez_compressed(tmp_path / "a.npz", x=np.arange(200, dtype=np.float32).reshape(2, 100), y=np.array(1.5))
@@ -304,7 +294,7 @@ def test_damaged_archives_are_refused_and_nothing_crashes(probe: Path, tmp_path:
     for name in ("a.npz", "b.npz"):
         content = (tmp_path / name).read_bytes()
         for _ in range(150):
-            (tmp_path / "d.npz").write_bytes(damaged(content, rng))
+            (tmp_path / "d.npz").write_bytes(cpp_probe.damaged(content, rng))
             refused += cpp_probe.run(probe, "npz", tmp_path / "d.npz", tmp_path / "out.npz").returncode
     assert refused > 200  # a changed date or unused field is no damage
 
@@ -315,7 +305,7 @@ def test_damaged_manifests_are_refused_and_nothing_crashes(probe: Path, tmp_path
     content = (folder / "manifest.json").read_bytes()
     assert cpp_probe.run(probe, "manifest", folder).returncode == 0
     for _ in range(150):
-        changed = damaged(content, rng)
+        changed = cpp_probe.damaged(content, rng)
         (folder / "manifest.json").write_bytes(changed)
         done = cpp_probe.run(probe, "manifest", folder)
         assert done.returncode == 1 or changed == content or json.loads(changed) == json.loads(content)
@@ -329,5 +319,5 @@ def test_damaged_pictures_are_refused_or_read_and_nothing_crashes(probe: Path, t
     for name in ("a.ppm", "a.npy"):
         content = (tmp_path / name).read_bytes()
         for _ in range(60):
-            (tmp_path / f"d{name}").write_bytes(damaged(content, rng))
+            (tmp_path / f"d{name}").write_bytes(cpp_probe.damaged(content, rng))
             cpp_probe.run(probe, "picture", tmp_path / f"d{name}", tmp_path / "out.npz")

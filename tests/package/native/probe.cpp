@@ -4,6 +4,7 @@
 #include <map>
 
 #include "array.h"
+#include "audio.h"
 #include "error.h"
 #include "files.h"
 #include "json.h"
@@ -61,13 +62,21 @@ void transform(const Arguments& given) {
   save(given[2], out);
 }
 
-// best TRANSFORM.json SCORES.npz TOP
-void best(const Arguments& given) {
+// wav TRANSFORM.json IN.wav OUT.npz
+void wav(const Arguments& given) {
+  Arrays out;
+  out["x"] = AudioTransform::from_json(Json::parse(text_of_file(given[0]))).apply(read_wav(given[1]));
+  save(given[2], out);
+}
+
+// ranking TRANSFORM.json SCORES.npz TOP
+void ranking(const Arguments& given) {
   const Array scores = read_npz(given[1]).begin()->second;
   std::vector<double> row;
   for (size_t i = 0; i < scores.count(); ++i) row.push_back(scores.value(i));
   Json found = Json::array();
-  for (const auto& item : read_transform(given[0]).best(row, std::stoul(given[2]))) {
+  const Transform declared = read_transform(given[0]);
+  for (const auto& item : best(row, std::stoul(given[2]), declared.softmax, declared.classes)) {
     found.add(Json::object({{"index", item.index}, {"score", item.score}, {"name", item.name}}));
   }
   std::printf("%s\n", found.dump().c_str());
@@ -103,8 +112,8 @@ void machine(const Arguments&) {
 
 int main(int count, char** values) {
   const std::map<std::string, std::function<void(const Arguments&)>> commands{
-      {"canonical", canonical}, {"npz", npz}, {"picture", picture}, {"transform", transform}, {"best", best}, {"statistics", statistics},
-      {"manifest", manifest}, {"machine", machine}};
+      {"canonical", canonical}, {"npz", npz}, {"picture", picture}, {"transform", transform}, {"ranking", ranking}, {"statistics", statistics},
+      {"manifest", manifest}, {"wav", wav}, {"machine", machine}};
   try {
     commands.at(values[1])(Arguments(values + 2, values + count));
   } catch (const Malformed& error) {
