@@ -41,6 +41,7 @@ from typing import Any
 
 import _quantizers_fashion as fashion
 import _quantizers_files as files
+from _awake import awake
 from _quantizers_cases import ARRAYS, IMAGES, TARGET, Case, Given, prepare
 from _quantizers_made import OURS, PEER, Made, Outputs, answers, judge
 from _quantizers_ours import Row, compiled, float_row, quantize
@@ -230,7 +231,7 @@ def measure_all(options: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             found: dict[str, Any]
             try:
-                case = prepare(_ready(given, options), photos, options.folder / given.name, options.judge, options.target)
+                case = prepare(_ready(given, options, photos), photos, options.folder / given.name, options.judge, options.target)
                 found = compare(case, line_up(case, options, photos, Path(scratch)), settings, folder / f"{name}.{given.name}.bench.json")
             except DeployError as error:
                 found = {"skipped": plain(f"{error.what}; {error.fix}")}
@@ -243,8 +244,10 @@ def measure_all(options: argparse.Namespace) -> int:
     return int(not met)
 
 
-def _ready(given: Given, options: argparse.Namespace) -> Given:
+def _ready(given: Given, options: argparse.Namespace, photos: Photos) -> Given:
     """The model with its weights and arrays. Raises UsageError where they cannot be had."""
+    if not given.real:
+        return awake(given, photos, options.folder / given.name)
     makers = {fashion.NAME: fashion.given, **dict.fromkeys(files.NAMES, partial(files.given, given.name))}
     if given.name not in makers or given.calibration is not None:
         return given
