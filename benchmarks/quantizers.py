@@ -87,6 +87,8 @@ ABLATION = (
     Row("… on output-mse", "quantize-static{calibration=output-mse}"),
     Row("equalize-layers, quantize-static", f"equalize-layers, {STATIC}"),
     Row("equalize-layers, quantize-static on output-mse", "equalize-layers, quantize-static{calibration=output-mse}"),
+    Row("absorb-bias, quantize-static", f"absorb-bias, {STATIC}"),
+    Row("equalize-layers, absorb-bias, quantize-static", f"equalize-layers, absorb-bias, {STATIC}"),
     Row("quantize-static, islands measured", "quantize-static{islands=measured}"),
     Row("learn-rounding", "learn-rounding{steps=300 rows=1024}", slow=True),
     Row("equalize-layers, learn-rounding", "equalize-layers, learn-rounding{steps=300 rows=1024}", slow=True),
