@@ -51,6 +51,20 @@ std::vector<long> numbers_of(const std::string& version) {
   return numbers;
 }
 
+// Raises Error unless the version that is linked is at least the manifest's `minimum`, and below its `below`.
+void check_version(const Json& runtime) {
+  const std::string package = text_of(runtime, "package"), minimum = text_of(runtime, "minimum"), below = text_of(runtime, "below");
+  const auto found = numbers_of(runtime_version());
+  const bool old = found < numbers_of(minimum), young = !below.empty() && found >= numbers_of(below);
+  if (!old && !young) return;
+  std::vector<std::string> wanted;
+  if (!minimum.empty()) wanted.push_back(">=" + minimum);
+  if (!below.empty()) wanted.push_back("<" + below);
+  const std::string why = young && !old ? " (" + text_of(runtime, "reason", "newer versions were not checked") + ")" : "";
+  throw Error("the bundle needs " + package + join(wanted, ",") + why + ", this runner has " + package + " " + runtime_version(),
+              "build the runner again with that version: deploycc package BUNDLE --runner cpp");
+}
+
 // Largest |difference|; infinite when shapes differ or one has NaN or infinity where the other has a number.
 double distance(const Array& wanted, const Array& found) {
   constexpr double infinite = std::numeric_limits<double>::infinity();
@@ -171,11 +185,7 @@ void check_host(const Bundle& bundle) {
     throw Error("the bundle asks for the runtime '" + session + "' on " + provider + "; this runner was built with " + session_name + " for the CPU",
                 "use the runner that came with the bundle, or make one: deploycc package BUNDLE --runner cpp");
   }
-  const std::string package = text_of(bundle.runtime(), "package"), minimum = text_of(bundle.runtime(), "minimum");
-  if (numbers_of(runtime_version()) < numbers_of(minimum)) {
-    throw Error("the bundle needs " + package + ">=" + minimum + ", this runner has " + package + " " + runtime_version(),
-                "build the runner again with that version: deploycc package BUNDLE --runner cpp");
-  }
+  check_version(bundle.runtime());
 }
 
 Golden read_golden(const Bundle& bundle) {
