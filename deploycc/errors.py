@@ -105,6 +105,10 @@ class MissingDependency(DeployError):
     """An optional package that is not installed."""
 
 
+class BuildError(DeployError):
+    """A program that a compiler refuses to build."""
+
+
 class StoreError(DeployError):
     """A folder that cannot be written, or a full disk."""
 

@@ -30,7 +30,7 @@ def text(manifest: Mapping[str, Any], added: Sequence[RunnerParts]) -> str:
 def document(manifest: Mapping[str, Any], added: Sequence[RunnerParts]) -> dict[str, Any]:
     """The same as plain values."""
     entries = [entry for entry in listed(manifest) if entry["role"] in KINDS]
-    needs = {item.name: item for parts in added for item in parts.needs}
+    needs = {item.name: item for parts in added for item in (*parts.needs, *parts.carries)}
     bundle: dict[str, Any] = {
         "type": "application",
         "bom-ref": BUNDLE,

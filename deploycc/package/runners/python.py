@@ -19,17 +19,16 @@ class PythonRunner:
 
     name: ClassVar[str] = "python"
 
-    def add(self, bundle: LoadedBundle, folder: Path) -> RunnerParts:
+    def add(self, bundle: LoadedBundle, folder: Path, arch: str) -> RunnerParts:
         """Copies it; a bundle that was packed without it gets this version's."""
         if any(entry["path"] == RUNNER for entry in listed(bundle.manifest)):
             shutil.copyfile(bundle.folder / RUNNER, folder / RUNNER)
         else:
             write_runner(folder / RUNNER)
         roots = self.requirements(bundle)
-        target = bundle.manifest["target"]
-        needs, notes = closure(roots, target["arch"])
+        needs, notes = closure(roots, arch)
         python = Component("python", kind="platform", facts=(("minimum", PYTHON),))
-        return RunnerParts((RUNNER,), (python, *needs), ("python", *sorted(roots)), notes)
+        return RunnerParts((RUNNER,), (python, *needs), uses=("python", *sorted(roots)), notes=notes)
 
     def requirements(self, bundle: LoadedBundle) -> dict[str, str]:
         """Packages that runner.pyz imports for this bundle: the runtime in the version that was tested, others as they are here."""
