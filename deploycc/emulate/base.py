@@ -1,7 +1,7 @@
 """The arm64 file system that a guest sees: Debian's Python and the libraries of C and C++, unpacked and never installed.
 
-apt-get fetches them from this machine's own package sources with an index, a cache and a state of its own (apt.conf(5)), so neither root nor
-a foreign architecture in dpkg is needed; apt checks signatures as always. dpkg-deb unpacks; nothing of a package is executed.
+apt-get fetches them from this machine's own package sources with an index, a cache and a state of its own (apt.conf(5)), so neither root
+nor a foreign architecture in dpkg is needed; apt checks signatures as always. dpkg-deb unpacks; nothing of a package is executed.
 """
 
 from __future__ import annotations

@@ -13,14 +13,14 @@ from deploycc.core.registry import suggest
 from deploycc.errors import UnknownName, UnsupportedError, UsageError
 
 ARM = "0x41"
-HWCAP = (
+HWCAP = (  # bit 0 and up
     "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma lrcpc dcpop sha3 sm3 sm4 asimddp sha512 sve "
     "asimdfhm dit uscat ilrcpc flagm ssbs sb paca pacg"
-).split()
+)
 HWCAP2 = (
-    "dcpodp sve2 sveaes svepmull svebitperm svesha3 svesm4 flagm2 frint svei8mm svef32mm svef64mm svebf16 i8mm bf16 dgh rng bti mte ecv afp "
-    "rpres mte3 sme"
-).split()
+    "dcpodp sve2 sveaes svepmull svebitperm svesha3 svesm4 flagm2 frint svei8mm svef32mm svef64mm svebf16 i8mm bf16 dgh rng bti mte ecv "
+    "afp rpres mte3 sme"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,8 @@ def features(hwcap: int, hwcap2: int) -> tuple[str, ...]:
     return (*_named(hwcap, HWCAP), *_named(hwcap2, HWCAP2))
 
 
-def _named(word: int, names: Sequence[str]) -> list[str]:
-    return [name for bit, name in enumerate(names) if word >> bit & 1]
+def _named(word: int, names: str) -> list[str]:
+    return [name for bit, name in enumerate(names.split()) if word >> bit & 1]
 
 
 def cpuinfo(core: Core, flags: Sequence[str]) -> str:
@@ -115,7 +115,7 @@ def system_files() -> dict[str, str]:
     masks = ("core_siblings", "package_cpus", "cluster_cpus", "core_cpus", "thread_siblings")
     topology = {"core_id": "0", "physical_package_id": "0", "cluster_id": "0", **dict.fromkeys(one, "0"), **dict.fromkeys(masks, "1")}
     speeds = {"cpuinfo_max_freq": "1500000", "cpuinfo_min_freq": "600000", "scaling_cur_freq": "1500000"}
-    files = {name: "0" for name in ("possible", "present", "online")} | {"kernel_max": "255"}
+    files = dict.fromkeys(("possible", "present", "online"), "0") | {"kernel_max": "255"}
     files |= {f"cpu0/topology/{name}": text for name, text in topology.items()}
     files |= {f"cpu0/cpufreq/{name}": text for name, text in speeds.items()}
     return {f"sys/devices/system/cpu/{name}": f"{text}\n" for name, text in files.items()}

@@ -73,7 +73,7 @@ def flags(core: str) -> tuple[str, ...]:
 
 
 def program() -> str:
-    """qemu's user emulation of arm64. Raises MissingDependency."""
+    """The user emulation of arm64. Raises MissingDependency."""
     if found := _found():
         return found
     raise MissingDependency(f"emulating an ARM CPU needs {PROGRAMS[0]}, which is not installed", fix=INSTALL)
