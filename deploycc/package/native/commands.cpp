@@ -81,12 +81,32 @@ Json to_json(const Summary& summary) {
                        {"slowest", summary.slowest}});
 }
 
+// What the host's harness keeps of a run. Growth of memory is not known: the peak is of the whole process.
+Json to_json(const Samples& samples, const Arrays& feeds, double seconds, size_t runs) {
+  Json times = Json::array(), inputs = Json::object();
+  for (const auto time : samples.ns) times.add(time);
+  for (const auto& [name, array] : feeds) {
+    Json shape = Json::array(), input = Json::array();
+    for (const auto size : array.shape) shape.add(size);
+    input.add(array.dtype->name);
+    input.add(shape);
+    inputs.set(name, input);
+  }
+  return Json::object({{"samples_ns", times},
+                       {"per_round", static_cast<int64_t>(samples.per_round)},
+                       {"warmups", static_cast<int64_t>(samples.warmups)},
+                       {"rss_growth_mb", Json()},
+                       {"inputs", inputs},
+                       {"min_seconds", seconds},
+                       {"min_runs", static_cast<int64_t>(runs)}});
+}
+
 Answer bench(const Options& options) {
   const Opened opened = open(options);
   const std::vector<Arrays> feeds =
       options.input.empty() ? read_golden(opened.bundle).feeds : std::vector<Arrays>{read_input(opened.bundle, options.input)};
   const double seconds = options.seconds > 0 ? options.seconds : opened.bundle.bench("min_seconds", 2.0);
-  const auto runs = static_cast<size_t>(std::clamp(opened.bundle.bench("min_runs", 30), 1.0, 20'000.0));
+  const auto runs = options.runs ? static_cast<size_t>(options.runs) : static_cast<size_t>(std::clamp(opened.bundle.bench("min_runs", 30), 1.0, 20'000.0));
   const int64_t begin = now_ns();
   const auto session = open_session(opened.bundle.model, opened.bundle.signature, opened.threads);
   const int64_t loaded = now_ns();
@@ -104,6 +124,7 @@ Answer bench(const Options& options) {
   answer.document.set("first_ms", first_ms);
   answer.document.set("peak_rss_mb", peak ? Json(*peak / 1e6) : Json());
   answer.document.set("warnings", Json::strings(warnings));
+  if (options.samples) answer.document.set("measurement", to_json(samples, feeds[0], seconds, runs));
   answer.lines = {
       format("%s on %s, %s, %d thread%s", text_of(answer.document, "target").c_str(), text_of(answer.document, "runtime").c_str(),
              cpu_model().c_str(), opened.threads, opened.threads > 1 ? "s" : ""),

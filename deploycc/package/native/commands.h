@@ -13,6 +13,8 @@ struct Options {
   bool json = false;
   int threads = 0;      // 0 = the target's, at most this machine's cores
   double seconds = 0;   // 0 = what the target says
+  int runs = 0;         // 0 = what the target says
+  bool samples = false;  // every timed call too
   int top = 5;
 };
 

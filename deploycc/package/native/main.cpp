@@ -24,6 +24,8 @@ const char* const help =
     "  selftest               check hashes, this machine, and the golden outputs\n"
     "  bench                  measure latency, cold start and memory on this machine\n"
     "    --seconds S          least seconds of timed calls (default: what the target says)\n"
+    "    --runs N             least number of timed calls (default: what the target says)\n"
+    "    --samples            with --json: every timed call in nanoseconds too\n"
     "    --input FILE         a .ppm, .pgm, .npy or .npz to measure with, instead of the golden inputs\n"
     "  predict FILE           run one picture (.ppm, .pgm, .npy of bytes) or one .npz file of arrays\n"
     "    --top N              how many classes to show (default: 5)\n"
@@ -67,6 +69,7 @@ Options parsed(const std::vector<std::string>& arguments) {
         options.command = argument;
         if (argument == "bench") {
           setters["--seconds"] = [&](const auto& name, const auto& text) { options.seconds = seconds(name, text); };
+          setters["--runs"] = [&](const auto& name, const auto& text) { options.runs = count(name, text); };
           setters["--input"] = [&](const auto&, const auto& text) { options.input = text; };
         } else if (argument == "predict") {
           setters["--top"] = [&](const auto& name, const auto& text) { options.top = count(name, text); };
@@ -83,6 +86,10 @@ Options parsed(const std::vector<std::string>& arguments) {
     }
     if (argument == "--json") {
       options.json = true;
+      continue;
+    }
+    if (argument == "--samples" && options.command == "bench") {
+      options.samples = true;
       continue;
     }
     const size_t equals = argument.find('=');
