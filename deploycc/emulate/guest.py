@@ -70,7 +70,15 @@ def run(
     plain = {key: os.environ[key] for key in KEPT if key in os.environ}
     try:
         done = subprocess.run(
-            line, capture_output=True, text=True, errors="replace", check=False, cwd=work, env=plain, timeout=seconds, stdin=subprocess.DEVNULL
+            line,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            cwd=work,
+            env=plain,
+            timeout=seconds,
+            stdin=subprocess.DEVNULL,
         )
     except subprocess.TimeoutExpired as error:
         raise EmulationError(

@@ -243,7 +243,9 @@ class Guests:
             seconds=self.seconds,
         )
         if ran.status != 0:
-            raise EmulationError(f"on {core.name} the selftest passes, but the probe fails: {_refusal(ran, core)}", fix="report it: a fault of deploycc")
+            raise EmulationError(
+                f"on {core.name} the selftest passes, but the probe fails: {_refusal(ran, core)}", fix="report it: a fault of deploycc"
+            )
         arrays = bundles.read_arrays(out)
         names = [spec.name for spec in self.bundle.signature.outputs]
         answers = [{name: arrays[f"{index}/{name}"] for name in names} for index in range(len(self.feeds))]

@@ -25,7 +25,9 @@ WHEELS = {  # what `import torch` loads besides
     "sympy": "1.14.0",
     "mpmath": "1.3.0",
 }
-NOTE = f"answered by torch {TORCH}: later wheels for aarch64 end with an illegal instruction on Cortex-A53 and A72, or need a GPU's libraries"
+NOTE = (
+    f"answered by torch {TORCH}: later wheels for aarch64 end with an illegal instruction on Cortex-A53 and A72, or need a GPU's libraries"
+)
 
 
 class TorchScriptGuest:
