@@ -42,8 +42,8 @@ def _cells(item: CoreResult) -> list[str]:
     if item.refused:
         return [*name, "FAILED", *[DASH] * 4]
     cost = item.cost
-    used = ", ".join(cost.products) or "none of the known" if cost else DASH
-    return [*name, "ok", difference(item.distances), percent(item.agreement), f"{cost.minsn:.2f}" if cost else "not measured", used]
+    minsn = f"{cost.minsn:.2f}" if cost else "not measured"
+    return [*name, "ok", difference(item.distances), percent(item.agreement), minsn, ", ".join(item.multiplies) or DASH]
 
 
 def difference(distances: tuple[Distance, ...]) -> str:
@@ -63,7 +63,7 @@ def _core_json(item: CoreResult) -> dict[str, Any]:
     cost = item.cost
     estimate: dict[str, Any] = {"measured": False, "unit": "Minsn", "minsn": None, "not_measured": item.not_counted}
     if cost is not None:
-        estimate |= {"minsn": cost.minsn, **asdict(cost), "products": list(cost.products)}
+        estimate |= {"minsn": cost.minsn, **asdict(cost)}
     return {
         "core": item.core.name,
         "found_in": item.core.example,
@@ -73,5 +73,6 @@ def _core_json(item: CoreResult) -> dict[str, Any]:
         "selftest": item.selftest,
         "distances": [asdict(distance) for distance in item.distances],
         "agreement": item.agreement,
+        "multiplies": list(item.multiplies),
         "cost": estimate,
     }

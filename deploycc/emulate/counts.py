@@ -27,15 +27,6 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=c11", "-O2", "-shared", "-fPIC")
 INSTALL = "apt-get install -y gcc libc6-dev"
 TIMEOUT_SECONDS = 120
-# Kinds of multiplications (count.c), the one that says most of the core's integer unit first: (kind, what is shown).
-PRODUCTS = (
-    ("mmla", "matrix products (i8mm: smmla, ummla)"),
-    ("dot", "dot products (sdot, udot)"),
-    ("widening", "widening multiplications (smull, smlal), no dot product"),
-    ("fma", "float multiply-add (fmla)"),
-    ("sve", "SVE"),
-)
-SHARE = 0.01  # of all instructions that a kind must have to be what a model is computed with
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +57,6 @@ class Cost:
     def minsn(self) -> float:
         """Millions of instructions."""
         return self.instructions / 1e6
-
-    @property
-    def products(self) -> tuple[str, ...]:
-        """What the model is multiplied with: the kinds of multiplication that matter, the most specific first."""
-        return tuple(text for kind, text in PRODUCTS if self.kinds.get(kind, 0) >= SHARE * self.instructions)
 
 
 def cost(counts: Sequence[Count]) -> Cost:
@@ -109,7 +95,7 @@ def plugin() -> tuple[Path | None, str]:
 
 
 def _built(compiler: str) -> Path:
-    sources = sorted(SOURCES.iterdir())
+    sources = sorted(SOURCES.glob("*.[ch]"))
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     key = hashlib.sha256(b"".join([version.encode(), *(path.read_bytes() for path in sources)])).hexdigest()[:16]
     folder = default_root() / "emulate"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from deploycc import tools
 from deploycc.core.artifact import Artifact, Form
@@ -21,12 +22,12 @@ from deploycc.core.contract import Built, Coverage, Progress, silent
 from deploycc.core.data import Part, batches
 from deploycc.core.registry import BACKENDS
 from deploycc.core.target import Target
-from deploycc.emulate import compare, counts, guest, root
+from deploycc.emulate import compare, counts, guest, kernels, root
 from deploycc.emulate.compare import Distance
 from deploycc.emulate.cores import Core, parse
 from deploycc.emulate.counts import Cost
 from deploycc.emulate.session import SESSIONS, Programs
-from deploycc.errors import DataError, DeployError, EmulationError, MismatchError, UnsupportedError
+from deploycc.errors import DataError, DeployError, EmulationError, UnsupportedError
 from deploycc.planning import open_dataset
 from deploycc.runtime import bundle as bundles
 from deploycc.runtime.bundle import LoadedBundle
@@ -55,6 +56,7 @@ class CoreResult:
         selftest: what the runner answered, or None.
         distances: from this machine's answers, output by output.
         agreement: share of golden samples and data with the same largest class as here; None where there are no classes.
+        multiplies: what the model is multiplied with there; empty: not known.
         cost: of a call; None where it was not counted.
         not_counted: why it was not.
     """
@@ -65,6 +67,7 @@ class CoreResult:
     selftest: Mapping[str, Any] | None = None
     distances: tuple[Distance, ...] = ()
     agreement: float | None = None
+    multiplies: tuple[str, ...] = ()
     cost: Cost | None = None
     not_counted: str = ""
 
@@ -217,7 +220,7 @@ class Guests:
         ran = guest.run(core.name, command, work=self.work, environment=self.programs.environment, seconds=self.seconds)
         if ran.status != 0:
             return CoreResult(core, flags, refused=_refusal(ran, core), not_counted="the selftest failed")
-        answers, cost = self._probed(core, folder)
+        answers, multiplies, cost = self._probed(core, folder)
         compared = answers[: len(self.wanted)]
         return CoreResult(
             core,
@@ -225,14 +228,15 @@ class Guests:
             selftest=json.loads(ran.stdout),
             distances=compare.distances(self.wanted, compared),
             agreement=compare.agreement(self.wanted, compared),
+            multiplies=multiplies,
             cost=cost,
             not_counted=self.not_counted,
         )
 
-    def _probed(self, core: Core, folder: str) -> tuple[Answers, Cost | None]:
-        feeds, out, counted = (self.work / name for name in ("feeds.npz", "answers.npz", "counts.jsonl"))
+    def _probed(self, core: Core, folder: str) -> tuple[Answers, tuple[str, ...], Cost | None]:
+        feeds, out, log = (self.work / name for name in ("feeds.npz", "answers.npz", "log"))
         np.savez(feeds, **{f"{index}/{name}": array for index, row in enumerate(self.feeds) for name, array in row.items()})  # pyright: ignore[reportArgumentType]
-        options = counts.options(self.plugin, counted) if self.plugin else []
+        options = counts.options(self.plugin, log) if self.plugin else kernels.options(log)
         calls = self.calls if self.plugin else 0
         ran = guest.run(
             core.name,
@@ -249,7 +253,10 @@ class Guests:
         arrays = bundles.read_arrays(out)
         names = [spec.name for spec in self.bundle.signature.outputs]
         answers = [{name: arrays[f"{index}/{name}"] for name in names} for index in range(len(self.feeds))]
-        return answers, counts.cost(counts.read(counted)) if calls else None
+        if not calls:
+            return answers, kernels.seen(kernels.scan(log)), None
+        cost = counts.cost(counts.read(log))
+        return answers, kernels.executed(cost), cost
 
 
 def _refusal(ran: guest.Ran, core: Core) -> str:
@@ -272,10 +279,12 @@ def _feeds(bundle: LoadedBundle, data: str, samples: int) -> list[dict[str, np.n
 def _answered_here(bundle: LoadedBundle, feeds: Answers, golden: Answers) -> tuple[str, Answers]:
     """Who answers on this machine, and the answers; the golden outputs alone where nobody can."""
     manifest = bundle.manifest
-    target = Target.model_validate({key: value for key, value in manifest["target"].items() if key != "requires"})
     built = Built(bundle.folder, (bundle.model.name,), manifest["runtime"], bundle.signature, Coverage(None, 0, ()))
     try:
+        target = Target.model_validate({key: value for key, value in manifest["target"].items() if key != "requires"})
         with BACKENDS.get(target.backend).open(built, target, threads=1) as session:
             return f"{manifest['runtime']['package']} on this machine's CPU", [session.run(row) for row in feeds]
-    except (MismatchError, DeployError) as error:
+    except DeployError as error:
         return f"the golden outputs alone, as the compiler saw them ({error.what})", golden
+    except ValidationError:  # a target with keys of another version
+        return f"the golden outputs alone, as the compiler saw them (deploycc {manifest.get('deploycc')} wrote the bundle)", golden

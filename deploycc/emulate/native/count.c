@@ -2,7 +2,6 @@
 //
 // The program marks with a system call that Linux does not have: syscall(4242, 0) begins, syscall(4242, 1) ends and writes a line of JSON.
 // Each translated block adds one to its own counter when it runs; what is in a block is known from its translation.
-// Encodings: Arm Architecture Reference Manual for A-profile (DDI 0487), C4 and, for SVE, C4.1.
 #include <inttypes.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -22,37 +21,9 @@ struct rule {
   enum kind kind;
 };
 
-// The first that fits decides.
+#define RULE(mask, value, kind) {mask, value, kind},
 static const struct rule rules[] = {
-    {0x9FE0FC00, 0x0E809400, DOT},            // SDOT, UDOT (vector)
-    {0xBFE0FC00, 0x0E809C00, DOT},            // USDOT (vector)
-    {0x9FC0F400, 0x0F80E000, DOT},            // SDOT, UDOT (by element)
-    {0xBF40F400, 0x0F00F000, DOT},            // USDOT, SUDOT (by element)
-    {0xFFA0F800, 0x44800000, DOT},            // SVE SDOT, UDOT (vectors)
-    {0xFFA0F800, 0x44A00000, DOT},            // SVE SDOT, UDOT (indexed)
-    {0xFFE0FC00, 0x44807800, DOT},            // SVE USDOT (vectors)
-    {0xFFE0F800, 0x44A01800, DOT},            // SVE USDOT, SUDOT (indexed)
-    {0xDFE0FC00, 0x4E80A400, MMLA},           // SMMLA, UMMLA
-    {0xFFE0FC00, 0x4E80AC00, MMLA},           // USMMLA
-    {0xFFE0FC00, 0x6E40EC00, MMLA},           // BFMMLA
-    {0xFF20FC00, 0x45009800, MMLA},           // SVE SMMLA, USMMLA, UMMLA
-    {0x9F20FC00, 0x0E20C000, WIDENING},       // SMULL, UMULL (vector)
-    {0x9F20FC00, 0x0E208000, WIDENING},       // SMLAL, UMLAL (vector)
-    {0x9F00F400, 0x0F00A000, WIDENING},       // SMULL, UMULL (by element)
-    {0x9F00F400, 0x0F002000, WIDENING},       // SMLAL, UMLAL (by element)
-    {0xBFA0FC00, 0x0E20CC00, FMA},            // FMLA (vector)
-    {0xBF80F400, 0x0F801000, FMA},            // FMLA (by element)
-    {0xBFE0FC00, 0x0E400C00, FMA},            // FMLA of half precision (vector)
-    {0xBFC0F400, 0x0F001000, FMA},            // FMLA of half precision (by element)
-    {0x1E000000, 0x04000000, SVE},            // op0 = 0010
-    {0x1C000000, 0x10000000, INTEGER},        // op0 = 100x, immediate
-    {0x1C000000, 0x14000000, BRANCH},         // op0 = 101x, and system instructions
-    {0x0E000000, 0x0A000000, INTEGER},        // op0 = x101, register
-    {0x0E000000, 0x0C000000, VECTOR_MEMORY},  // op0 = x110
-    {0x0A000000, 0x08000000, MEMORY},         // op0 = x100
-    {0x5F000000, 0x1E000000, FLOAT},          // op0 = x111, scalar
-    {0x5F000000, 0x1F000000, FLOAT},
-    {0x0E000000, 0x0E000000, VECTOR},         // op0 = x111
+#include "rules.h"
 };
 
 struct block {
