@@ -110,6 +110,7 @@ def target_manual(name: str) -> str:
     target = targets.load(name)
     lines = [f"{name}: {target.title}", *([target.docs] if target.docs else []), ""]
     lines += [f'backend = "{target.backend}"', f'arch = "{target.arch}"', f'pipeline = "{target.pipeline}"', f"auto = {target.auto}"]
+    lines += [f"notices = {_toml(target.notices)}"] if target.notices else []
     for section in ("hardware", "runtime", "engine", "quant", "limits", "bench"):
         values = getattr(target, section)
         fields = type(values).model_fields

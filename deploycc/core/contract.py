@@ -298,12 +298,15 @@ class Coverage:
         int8_operators: heavy operators (convolution, matrix product) in integer kernels.
         float_operators: (operator, reason) for each heavy operator left in float.
         conversions: QuantizeLinear and DequantizeLinear that no kernel took in.
+        outside: kinds of the operators that the delegate did not take and the runtime's own slow kernels compute, one by one; None where
+            the runtime has no delegate.
     """
 
     int8_macs: float | None
     int8_operators: int
     float_operators: tuple[tuple[str, str], ...]
     conversions: int = 0
+    outside: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
+from deploycc.core.artifact import Form
 from deploycc.core.registry import BACKENDS, PASSES, suggest
 from deploycc.core.spec import parse_specs
 from deploycc.errors import DeployError, TargetError, UnknownName
+from deploycc.runtime.host import version_numbers
 
 # x86 extensions whose u8×s8 dot product accumulates in int32. Without one, VPMADDUBSW adds pairs in int16 and saturates:
 # 2 · 255 · 127 = 64770 > 32767. Seven-bit weights are safe: 2 · 255 · 63 = 32130.
@@ -34,6 +36,11 @@ class Hardware(_Table):
     """Facts about the device; `requires` is what the loader refuses to run without."""
 
     cores: int | None = Field(default=None, ge=1, description="cores of the device")
+    cpu: tuple[str, ...] = Field(default=(), strict=False, description="its cores as compilers and QEMU call them, fastest first")
+    isa: str | None = Field(default=None, description="instruction set that all its cores have")
+    l1d_kb: int | None = Field(default=None, ge=1, description="first-level data cache of one core")
+    l2_kb: int | None = Field(default=None, ge=1, description="second-level cache, of one core or of all (docs)")
+    l3_kb: int | None = Field(default=None, ge=1, description="third-level cache of all cores")
     requires: tuple[str, ...] = Field(default=(), strict=False, description="CPU flags the loader refuses to run without")
     lacks: tuple[str, ...] = Field(default=(), strict=False, description="CPU flags a build must not assume")
     memory_mb: int | None = Field(default=None, ge=1, description="memory of the device in MB")
@@ -46,10 +53,22 @@ class Runtime(_Table):
     """What the device's runtime can load."""
 
     minimum: str | None = Field(default=None, description="oldest version of the runtime's package that may load the artifact")
+    below: str | None = Field(default=None, description="first version of the runtime's package that may not load the artifact")
+    reason: str = Field(default="", description="why no newer one")
     opset: int = Field(default=20, ge=13, le=24, description="ONNX opset of the artifact")
     ir_version: int = Field(default=10, ge=7, le=12, description="newest ONNX IR version the runtime reads")
     precision: Literal["f32", "bf16", "f16"] = Field(default="f32", description="what float operators are computed in")
     provider: Literal["cpu", "cuda"] = Field(default="cpu", description="which execution provider of ONNX Runtime computes")
+
+    @model_validator(mode="after")
+    def _a_range(self) -> Self:
+        if self.below is None:
+            return self
+        if not self.reason:
+            raise ValueError(f"below = {self.below} says nothing without its reason; write reason")
+        if self.minimum is not None and version_numbers(self.minimum) >= version_numbers(self.below):
+            raise ValueError(f"no version is at least {self.minimum} and below {self.below}")
+        return self
 
 
 class Engine(_Table):
@@ -98,6 +117,7 @@ class Limits(_Table):
     latency_p95_ms: float | None = Field(default=None, gt=0)
     model_mb: float | None = Field(default=None, gt=0)
     peak_mb: float | None = Field(default=None, gt=0)
+    outside_delegate: int | None = Field(default=None, ge=0, description="most operators that may run outside the runtime's delegate")
 
 
 class Bench(_Table):
@@ -116,7 +136,10 @@ class Target(_Table):
     backend: str
     arch: Literal["x86_64", "aarch64", "any"]
     pipeline: str
-    docs: str = ""
+    docs: str = Field(default="", description="facts of the device and its runtime, in words")
+    notices: tuple[str, ...] = Field(
+        default=(), strict=False, description="what must be said wherever a number of one of its bundles is shown"
+    )
     auto: int = Field(default=0, ge=0, description="preference of `--target auto` among the targets that fit the machine; 0 = never")
     hardware: Hardware = Hardware()
     runtime: Runtime = Runtime()
@@ -288,6 +311,12 @@ def misfit(target: Target) -> str | None:
             return reason
     backend = BACKENDS.get(target.backend)
     return backend.absent(target) if isinstance(backend, Substitutes) else None
+
+
+def neighbours(target: Target, form: Form) -> tuple[str, ...]:
+    """Names of the targets for the architecture of `target` whose backend takes models of `form`, sorted."""
+    fitting = (other for other in map(load, names()) if other.arch == target.arch)
+    return tuple(other.name for other in fitting if form in BACKENDS.get(other.backend).accepts)
 
 
 def automatic() -> Target:

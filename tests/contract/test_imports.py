@@ -38,7 +38,13 @@ HEAVY = {
     "safetensors",
 }
 EAGER_LAYERS = {"bench"}  # imported only by commands that measure
-OVER_TORCH = ("_torch_ao", "_onnx_torch", "_fake_quant")  # private modules of classes over torch's, themselves imported inside functions
+OVER_TORCH = (
+    "_torch_ao",
+    "_onnx_torch",
+    "_onnx_program",
+    "_fake_quant",
+    "_pt2e",
+)  # private modules of classes over torch's, themselves imported inside functions
 
 
 def layer_of(path: Path) -> str:
