@@ -112,8 +112,8 @@ def markdown(document: dict[str, Any], machine: str) -> str:
     emulators = ", ".join(sorted({row["emulator"] for row in rows if "emulator" in row}))
     about_it = (
         f"{emulators}, user emulation. Networks but lite0 and minilm have random weights. **Instructions are an estimated relative cost "
-        "under emulation (`measured: false`): no latency was measured on any ARM device.** They understate what int8 gains on cores without "
-        "dot product (Cortex-A53, A72), where float waits for memory."
+        "under emulation (`measured: false`): no latency was measured on any ARM device.** They understate what int8 gains on cores "
+        "without dot product (Cortex-A53, A72), where float waits for memory."
     )
     lines = [f"# {(__doc__ or '').splitlines()[0]}", "", "Written by `python benchmarks/arm.py`.", "", about_it, ""]
     lines += ["## Million instructions per call: int8 / float = times fewer", "", _costs(rows, cores), ""]
