@@ -23,6 +23,8 @@ from deploycc.runtime.host import version_numbers
 # 2 · 255 · 127 = 64770 > 32767. Seven-bit weights are safe: 2 · 255 · 63 = 32130.
 WIDE_DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 ARCHES = ("x86_64", "aarch64", "any")
+FLOAT8 = "float8"
+FLOAT8_CAPABILITY = (8, 9)
 
 
 class _Table(BaseModel):
@@ -94,14 +96,14 @@ class Engine(_Table):
 class Quant(_Table):
     """What the runtime's kernels are good at on this hardware."""
 
-    activations: Literal["uint8", "int8", "int16", "none"] = "uint8"
+    activations: Literal["uint8", "int8", "int16", "float8", "none"] = "uint8"
     activation_symmetric: bool = False
-    weights: Literal["int8", "uint8"] = "int8"
+    weights: Literal["int8", "uint8", "float8"] = "int8"
     per_channel: bool = True
     reduce_range: bool = False
     channel_multiple: int = Field(default=1, ge=1, description="what channel pruning rounds to")
     calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy", "octav", "output-mse"] = "minmax"
-    placement: Literal["onnxruntime", "openvino", "tensorrt"] = Field(
+    placement: Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-float8"] = Field(
         default="onnxruntime", description="whose rules say what is quantized"
     )
     sparsity: Literal["none", "2:4", "unstructured"] = Field(default="none", description="zeros in weights that a kernel skips")
@@ -173,6 +175,15 @@ class Target(_Table):
         if quant.placement == "tensorrt" and not (quant.activations == quant.weights == "int8" and quant.activation_symmetric):
             raise ValueError(
                 "quant: placement = tensorrt takes symmetric int8 only; set activations = weights = 'int8' and activation_symmetric = true"
+            )
+        if (quant.placement == "tensorrt-float8") != (quant.activations == FLOAT8) or (quant.activations == FLOAT8) != (
+            quant.weights == FLOAT8
+        ):
+            raise ValueError("quant: float8 is for both: set activations = weights = 'float8' and placement = 'tensorrt-float8'")
+        if quant.weights == FLOAT8 and tuple(map(int, (hardware.compute_capability or "0.0").split("."))) < FLOAT8_CAPABILITY:
+            raise ValueError(
+                f"quant: float8 needs compute capability {'.'.join(map(str, FLOAT8_CAPABILITY))} (Ada, Hopper and later), and "
+                f"[hardware] compute_capability is {hardware.compute_capability or 'not said'}; raise it, or use int8"
             )
         if hardware.cores is not None and self.bench.threads > hardware.cores:
             raise ValueError(f"bench: {self.bench.threads} threads on a device with {hardware.cores} cores")

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from deploycc.errors import DeployError, UsageError
+from deploycc.runtime import record
 from deploycc.runtime.bundle import LoadedBundle, check_golden, load, open_session, read_golden
-from deploycc.runtime.host import check_host, peak_rss_bytes
+from deploycc.runtime.host import check_host, peak_rss_bytes, reset_peak, rss_bytes
 from deploycc.runtime.inputs import interpret, read_input
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_model
 from deploycc.runtime.measure import instability, summarize, time_interleaved
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     timing = commands.add_parser("bench", parents=[common], help="measure latency, cold start and memory on this machine")
     timing.add_argument("--seconds", type=float, help="least seconds of timed calls (default: what the target says)")
     timing.add_argument("--input", type=Path, metavar="FILE", help="a picture or .npz to measure with, instead of the golden inputs")
+    timing.add_argument("--save", type=Path, metavar="FILE", help="write raw samples and environment as `deploycc bench --save` does")
     using = commands.add_parser("predict", parents=[common], help="run one picture or one .npz file of arrays")
     using.add_argument("file", type=Path)
     using.add_argument("--top", type=_count, default=5, help="how many classes to show")
@@ -127,12 +129,15 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     feeds = (read_input(bundle, options.input),) if options.input else read_golden(bundle).feeds
     wanted = bundle.manifest["target"].get("bench", {})
     seconds = options.seconds or wanted.get("min_seconds", 2.0)
+    earlier = peak_rss_bytes()
+    before = rss_bytes() if reset_peak() else None  # as the host's harness does, so that growth means the same
     begin = time.perf_counter_ns()
     with open_session(bundle, threads) as session:
         opened = time.perf_counter_ns()
         session.run(feeds[0])
         session.synchronize()
         first = time.perf_counter_ns()
+        cold_peak = peak_rss_bytes()
 
         def call(index: int) -> None:
             session.run(feeds[index % len(feeds)])
@@ -143,7 +148,7 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     warnings = list(instability(samples, summary))
     if threads > available_cores():
         warnings.append(f"{threads} threads on {available_cores()} available cores")
-    peak = peak_rss_bytes()
+    peak = max(filter(None, (earlier, peak_rss_bytes())), default=None)
     about = _about(bundle, threads)
     answer: dict[str, Any] = {
         **about,
@@ -153,6 +158,20 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "peak_rss_mb": None if peak is None else peak / 1e6,
         "warnings": warnings,
     }
+    if options.save:
+        growth = (cold_peak - before) / 1e6 if before and cold_peak and cold_peak > before else None
+        found = record.document(
+            about["target"],
+            samples,
+            feeds[0],
+            threads=threads,
+            min_seconds=seconds,
+            min_runs=wanted.get("min_runs", 30),
+            open_ms=answer["open_ms"],
+            first_ms=answer["first_ms"],
+            rss_growth_mb=growth,
+        )
+        record.save(options.save, found)
     memory = "not known" if peak is None else f"{peak / 1e6:.0f} MB, this whole process"
     times = f"p50 {summary.p50:.3f} ms ({summary.low:.3f} to {summary.high:.3f}), p90 {summary.p90:.3f}, p99 {summary.p99:.3f}"
     lines = [

@@ -51,6 +51,20 @@ std::vector<long> numbers_of(const std::string& version) {
   return numbers;
 }
 
+// Raises Error unless the version that is linked is at least the manifest's `minimum`, and below its `below`.
+void check_version(const Json& runtime) {
+  const std::string package = text_of(runtime, "package"), minimum = text_of(runtime, "minimum"), below = text_of(runtime, "below");
+  const auto found = numbers_of(runtime_version());
+  const bool old = found < numbers_of(minimum), young = !below.empty() && found >= numbers_of(below);
+  if (!old && !young) return;
+  std::vector<std::string> wanted;
+  if (!minimum.empty()) wanted.push_back(">=" + minimum);
+  if (!below.empty()) wanted.push_back("<" + below);
+  const std::string why = young && !old ? " (" + text_of(runtime, "reason", "newer versions were not checked") + ")" : "";
+  throw Error("the bundle needs " + package + join(wanted, ",") + why + ", this runner has " + package + " " + runtime_version(),
+              "build the runner again with that version: deploycc package BUNDLE --runner cpp");
+}
+
 // Largest |difference|; infinite when shapes differ or one has NaN or infinity where the other has a number.
 double distance(const Array& wanted, const Array& found) {
   constexpr double infinite = std::numeric_limits<double>::infinity();
@@ -134,7 +148,14 @@ Bundle load_bundle(const std::string& folder) {
   if (bundle.model.empty()) throw Error(folder + "/manifest.json lists no file with the role 'model'", rebuild);
   try {
     bundle.signature = Signature::from_json(*bundle.manifest.find("signature"));
-    if (!transform.empty()) bundle.transform = Transform::from_json(parse_file(transform));
+    if (!transform.empty()) {
+      const Json document = parse_file(transform);
+      if (document.find("kind")) {
+        bundle.transform = AudioTransform::from_json(document);
+      } else {
+        bundle.transform = Transform::from_json(document);
+      }
+    }
   } catch (const Malformed& error) {
     throw Error(folder + ": the signature or transform cannot be read: " + error.what(), rebuild);
   }
@@ -164,11 +185,7 @@ void check_host(const Bundle& bundle) {
     throw Error("the bundle asks for the runtime '" + session + "' on " + provider + "; this runner was built with " + session_name + " for the CPU",
                 "use the runner that came with the bundle, or make one: deploycc package BUNDLE --runner cpp");
   }
-  const std::string package = text_of(bundle.runtime(), "package"), minimum = text_of(bundle.runtime(), "minimum");
-  if (numbers_of(runtime_version()) < numbers_of(minimum)) {
-    throw Error("the bundle needs " + package + ">=" + minimum + ", this runner has " + package + " " + runtime_version(),
-                "build the runner again with that version: deploycc package BUNDLE --runner cpp");
-  }
+  check_version(bundle.runtime());
 }
 
 Golden read_golden(const Bundle& bundle) {
@@ -228,19 +245,24 @@ std::vector<std::pair<std::string, double>> check_golden(const Bundle& bundle, c
 
 Arrays read_input(const Bundle& bundle, const std::string& path) {
   const auto& specs = bundle.signature.inputs;
-  if (ends_with(lower(path), ".npz")) return read_named(bundle, path);
-  if (!bundle.transform || specs.size() != 1) {
+  const std::string name = lower(path);
+  if (ends_with(name, ".npz")) return read_named(bundle, path);
+  const bool wav = ends_with(name, ".wav");
+  const auto* const pictures = std::get_if<Transform>(&bundle.transform);
+  const auto* const recordings = std::get_if<AudioTransform>(&bundle.transform);
+  if (specs.size() != 1 || (wav ? !recordings : !pictures)) {
     std::vector<std::string> inputs;
     for (const auto& spec : specs) inputs.push_back(spec.text());
-    throw Error("this bundle does not take pictures: its inputs are " + join(inputs), "give a .npz file with " + join(inputs));
+    const std::string others = specs.size() != 1 ? "" : pictures ? "a picture, or " : recordings ? "a .wav recording, or " : "";
+    throw Error("this bundle does not take " + std::string(wav ? "recordings" : "pictures") + ": its inputs are " + join(inputs),
+                "give " + others + "a .npz file with " + join(inputs));
   }
-  const Picture picture = read_picture(path);
   try {
     Arrays feeds;
-    feeds[specs[0].name] = repeated(bundle.transform->apply(picture), specs[0]);
+    feeds[specs[0].name] = repeated(wav ? recordings->apply(read_wav(path)) : pictures->apply(read_picture(path)), specs[0]);
     return feeds;
   } catch (const Malformed& error) {
-    throw Error(path + ": " + error.what(), "convert it to RGB");
+    throw Error(path + ": " + error.what(), "convert it to what transform.json declares");
   }
 }
 

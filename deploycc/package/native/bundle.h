@@ -2,10 +2,11 @@
 #pragma once
 
 #include <map>
-#include <optional>
 #include <string>
+#include <variant>
 #include <vector>
 
+#include "audio.h"
 #include "json.h"
 #include "session.h"
 #include "signature.h"
@@ -17,7 +18,7 @@ struct Bundle {
   std::string folder;
   Json manifest;
   Signature signature;
-  std::optional<Transform> transform;
+  std::variant<std::monostate, Transform, AudioTransform> transform;  // nothing when the model takes arrays
   std::string model;   // path of the file that the runtime opens
   std::string golden;  // path, or empty
   std::vector<std::string> unlisted;  // files in the folder that the manifest does not list and this program has not loaded
@@ -46,7 +47,7 @@ Golden read_golden(const Bundle& bundle);
 // Runs the golden inputs. Returns the largest difference of each output; raises Error when one is over its tolerance.
 std::vector<std::pair<std::string, double>> check_golden(const Bundle& bundle, const Golden& golden, Session& session);
 
-// A picture (through the transform) or .npz (arrays by input name, batch axis optional) as feeds. Raises Error.
+// A picture or .wav recording (through the transform), or .npz (arrays by input name, batch axis optional) as feeds. Raises Error.
 Arrays read_input(const Bundle& bundle, const std::string& path);
 
 }  // namespace deploycc

@@ -9,6 +9,7 @@
 #include "files.h"
 #include "machine.h"
 #include "manifest.h"
+#include "record.h"
 #include "session.h"
 #include "statistics.h"
 #include "text.h"
@@ -81,25 +82,13 @@ Json to_json(const Summary& summary) {
                        {"slowest", summary.slowest}});
 }
 
-// What the host's harness keeps of a run. Growth of memory is not known: the peak is of the whole process.
-Json to_json(const Samples& samples, const Arrays& feeds, double seconds, size_t runs) {
-  Json times = Json::array(), inputs = Json::object();
-  for (const auto time : samples.ns) times.add(time);
-  for (const auto& [name, array] : feeds) {
-    Json shape = Json::array(), input = Json::array();
-    for (const auto size : array.shape) shape.add(size);
-    input.add(array.dtype->name);
-    input.add(shape);
-    inputs.set(name, input);
-  }
-  return Json::object({{"samples_ns", times},
-                       {"per_round", static_cast<int64_t>(samples.per_round)},
-                       {"warmups", static_cast<int64_t>(samples.warmups)},
-                       {"rss_growth_mb", Json()},
-                       {"inputs", inputs},
-                       {"min_seconds", seconds},
-                       {"min_runs", static_cast<int64_t>(runs)}});
+Json with_settings(Json measured, double seconds, size_t runs) {
+  measured.set("min_seconds", seconds);
+  measured.set("min_runs", static_cast<int64_t>(runs));
+  return measured;
 }
+
+void save_text(const std::string& path, const std::string& text) { write_file(path, Bytes(text.begin(), text.end())); }
 
 Answer bench(const Options& options) {
   const Opened opened = open(options);
@@ -107,16 +96,19 @@ Answer bench(const Options& options) {
       options.input.empty() ? read_golden(opened.bundle).feeds : std::vector<Arrays>{read_input(opened.bundle, options.input)};
   const double seconds = options.seconds > 0 ? options.seconds : opened.bundle.bench("min_seconds", 2.0);
   const auto runs = options.runs ? static_cast<size_t>(options.runs) : static_cast<size_t>(std::clamp(opened.bundle.bench("min_runs", 30), 1.0, 20'000.0));
+  const auto earlier = peak_rss_bytes();
+  const auto before = reset_peak() ? rss_bytes() : std::nullopt;  // as the host's harness does, so that growth means the same
   const int64_t begin = now_ns();
   const auto session = open_session(opened.bundle.model, opened.bundle.signature, opened.threads);
   const int64_t loaded = now_ns();
   session->run(feeds[0]);
   const int64_t first = now_ns();
+  const auto cold = peak_rss_bytes();
   const Samples samples = time_calls([&](size_t number) { session->run(feeds[number % feeds.size()]); }, seconds, runs);
   const Summary summary = summarize(samples);
   auto warnings = instability(samples, summary);
   if (opened.threads > available_cores()) warnings.push_back(format("%d threads on %d available cores", opened.threads, available_cores()));
-  const auto peak = peak_rss_bytes();
+  const auto peak = std::max(earlier, peak_rss_bytes());
   const double open_ms = static_cast<double>(loaded - begin) / 1e6, first_ms = static_cast<double>(first - loaded) / 1e6;
   Answer answer{about(opened), {}};
   answer.document.set("latency_ms", to_json(summary));
@@ -124,7 +116,11 @@ Answer bench(const Options& options) {
   answer.document.set("first_ms", first_ms);
   answer.document.set("peak_rss_mb", peak ? Json(*peak / 1e6) : Json());
   answer.document.set("warnings", Json::strings(warnings));
-  if (options.samples) answer.document.set("measurement", to_json(samples, feeds[0], seconds, runs));
+  const auto growth = before && cold && *cold > *before ? std::optional((*cold - *before) / 1e6) : std::nullopt;
+  const Run run{text_of(answer.document, "target"), text_of(opened.bundle.runtime(), "package"), runtime_version(), samples, feeds[0],
+                opened.threads, seconds, runs, open_ms, first_ms, growth};
+  if (options.samples) answer.document.set("measurement", with_settings(measurement(run), seconds, runs));
+  if (!options.save.empty()) save_text(options.save, record(run).dump() + "\n");
   answer.lines = {
       format("%s on %s, %s, %d thread%s", text_of(answer.document, "target").c_str(), text_of(answer.document, "runtime").c_str(),
              cpu_model().c_str(), opened.threads, opened.threads > 1 ? "s" : ""),
@@ -142,9 +138,9 @@ std::vector<Ranked> classes_of(const Bundle& bundle, const Array& scores, size_t
   if (scores.shape.size() != 2 || scores.shape[0] < 1 || scores.shape[1] < 2 || scores.dtype->kind != 'f') return {};
   std::vector<double> row;
   for (int64_t i = 0; i < scores.shape[1]; ++i) row.push_back(scores.value(static_cast<size_t>(i)));
-  Transform plain;
-  plain.softmax = false;
-  return (bundle.transform ? *bundle.transform : plain).best(row, top);
+  if (const auto* const pictures = std::get_if<Transform>(&bundle.transform)) return best(row, top, pictures->softmax, pictures->classes);
+  if (const auto* const recordings = std::get_if<AudioTransform>(&bundle.transform)) return best(row, top, recordings->softmax, recordings->classes);
+  return best(row, top, false, {});
 }
 
 // Nested lists, as numpy's tolist.

@@ -29,6 +29,12 @@ std::string line_of(const char* path, const std::vector<std::string>& keys) {
   return "";
 }
 
+std::optional<double> memory(const char* key) {
+  const std::string value = line_of("/proc/self/status", {key});
+  if (value.empty()) return std::nullopt;
+  return std::strtod(value.c_str(), nullptr) * 1024;
+}
+
 #if defined(__aarch64__)
 
 struct Capability {
@@ -80,18 +86,32 @@ std::string cpu_model() {
 int available_cores() {
   cpu_set_t set;
   CPU_ZERO(&set);
-  int cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-  std::ifstream file("/sys/fs/cgroup/cpu.max");
-  std::string quota;
-  long period = 0;
-  if (file >> quota >> period && quota != "max" && period > 0) cores = std::min(cores, static_cast<int>(std::strtol(quota.c_str(), nullptr, 10) / period));
-  return std::max(1, cores);
+  const int cores = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+  const auto limit = cpu_limit();
+  return std::max(1, limit ? std::min(cores, static_cast<int>(*limit)) : cores);
 }
 
-std::optional<double> peak_rss_bytes() {
-  const std::string value = line_of("/proc/self/status", {"VmHWM"});
-  if (value.empty()) return std::nullopt;
-  return std::strtod(value.c_str(), nullptr) * 1024;
+std::optional<double> cpu_limit() {
+  std::ifstream file("/sys/fs/cgroup/cpu.max");
+  double quota = 0, period = 0;  // "max" is no number
+  if (file >> quota >> period && period > 0) return quota / period;
+  return std::nullopt;
+}
+
+std::string governor() {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor");
+  std::string word;
+  file >> word;
+  return word;
+}
+
+std::optional<double> rss_bytes() { return memory("VmRSS"); }
+
+std::optional<double> peak_rss_bytes() { return memory("VmHWM"); }
+
+bool reset_peak() {
+  std::ofstream file("/proc/self/clear_refs");
+  return static_cast<bool>(file << "5" << std::flush);
 }
 
 std::string program_folder() {

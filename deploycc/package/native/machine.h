@@ -18,8 +18,18 @@ std::string cpu_model();
 // Cores this process may use: the lower of its affinity and its cgroup's quota, at least 1.
 int available_cores();
 
-// Highest resident memory since the start; nothing where the kernel does not say.
+// CPUs that the cgroup grants; nothing without a limit.
+std::optional<double> cpu_limit();
+
+// CPU frequency governor; empty where the kernel shows none.
+std::string governor();
+
+// Resident memory now, and the highest since the start or since `reset_peak`; nothing where the kernel does not say.
+std::optional<double> rss_bytes();
 std::optional<double> peak_rss_bytes();
+
+// Set the peak back to what is resident now (proc(5)); false where that is not allowed.
+bool reset_peak();
 
 // The folder of this program's file; "." where the kernel does not say.
 std::string program_folder();

@@ -26,8 +26,9 @@ const char* const help =
     "    --seconds S          least seconds of timed calls (default: what the target says)\n"
     "    --runs N             least number of timed calls (default: what the target says)\n"
     "    --samples            with --json: every timed call in nanoseconds too\n"
-    "    --input FILE         a .ppm, .pgm, .npy or .npz to measure with, instead of the golden inputs\n"
-    "  predict FILE           run one picture (.ppm, .pgm, .npy of bytes) or one .npz file of arrays\n"
+    "    --save FILE          write raw samples and environment as `deploycc bench --save` does\n"
+    "    --input FILE         a .ppm, .pgm, .npy, .wav or .npz to measure with, instead of the golden inputs\n"
+    "  predict FILE           run one picture (.ppm, .pgm, .npy of bytes), recording (.wav) or .npz file of arrays\n"
     "    --top N              how many classes to show (default: 5)\n"
     "    --save FILE.npz      write all outputs as arrays\n"
     "\n"
@@ -69,6 +70,7 @@ Options parsed(const std::vector<std::string>& arguments) {
         options.command = argument;
         if (argument == "bench") {
           setters["--seconds"] = [&](const auto& name, const auto& text) { options.seconds = seconds(name, text); };
+          setters["--save"] = [&](const auto&, const auto& text) { options.save = text; };
           setters["--runs"] = [&](const auto& name, const auto& text) { options.runs = count(name, text); };
           setters["--input"] = [&](const auto&, const auto& text) { options.input = text; };
         } else if (argument == "predict") {
@@ -94,6 +96,7 @@ Options parsed(const std::vector<std::string>& arguments) {
     }
     const size_t equals = argument.find('=');
     const std::string name = argument.substr(0, equals);
+    if (name == "--key") throw WrongUsage("argument --key: this runner checks no signatures; before copying: deploycc verify BUNDLE --key PUB.pem");
     const auto setter = setters.find(name);
     if (setter == setters.end()) throw WrongUsage("unrecognized arguments: " + argument);
     if (equals == std::string::npos && i + 1 == arguments.size()) throw WrongUsage("argument " + name + ": expected one argument");

@@ -82,6 +82,7 @@ std::string text_of(const Json& object, const char* key, const std::string& othe
 
 Json read_manifest(const std::string& folder) {
   const std::string path = folder + "/manifest.json";
+  if (is_file(folder)) throw Error(folder + " is a file: this runner reads no packages", "unpack it, and give its folder");
   if (!is_file(path)) throw Error(folder + " is not a bundle: it has no manifest.json", "give the folder that `deploycc compile` wrote");
   const Bytes bytes = read_file(path);
   Json manifest;

@@ -1,4 +1,5 @@
-// Resizing of 8-bit pictures as Pillow does it: a filter as wide as the reduction (antialias), in fixed point, rows before columns.
+// Resizing of 8-bit pictures as Pillow does it: a filter as wide as the reduction (antialias), in fixed point,
+// one axis after the other, with 8-bit pixels between them. Which axis comes first is Pillow 13's choice; older ones begin with the rows.
 #pragma once
 
 #include <cstdint>

@@ -3,60 +3,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
-#include <map>
-#include <numeric>
+#include <tuple>
 
+#include "declared.h"
 #include "error.h"
 #include "text.h"
 
 namespace deploycc {
 
 namespace {
-
-constexpr int64_t longest_side = 1 << 16;
-
-[[noreturn]] void refuse(const std::string& name, const Json& value, const std::string& kind) {
-  throw Malformed(name + " is " + value.dump() + ", but must be " + kind);
-}
-
-int64_t pixels(const std::string& name, const Json& value) {
-  if (!value.is_integer() || value.integer() < 1 || value.integer() > longest_side) refuse(name, value, "pixels");
-  return value.integer();
-}
-
-Transform::Size size_of(const std::string& name, const Json& value) {
-  if (!value.is(Json::Kind::array) || value.items().size() != 2) refuse(name, value, "[height, width] in pixels");
-  return {pixels(name, value.items()[0]), pixels(name, value.items()[1])};
-}
-
-double number(const std::string& name, const Json& value) {
-  if (!value.is(Json::Kind::number) || !std::isfinite(value.number())) refuse(name, value, "a number");
-  return value.number();
-}
-
-std::vector<double> numbers(const std::string& name, const Json& value) {
-  if (!value.is(Json::Kind::array)) refuse(name, value, "a list of numbers");
-  std::vector<double> found;
-  for (const auto& item : value.items()) found.push_back(number(name, item));
-  return found;
-}
-
-std::string one_of(const std::string& name, const Json& value, const std::vector<std::string>& known) {
-  const bool fits = value.is(Json::Kind::string) && std::find(known.begin(), known.end(), value.text()) != known.end();
-  if (!fits) refuse(name, value, "one of " + join(known));
-  return value.text();
-}
-
-std::vector<std::string> names(const std::string& name, const Json& value) {
-  if (!value.is(Json::Kind::array)) refuse(name, value, "a list of names");
-  std::vector<std::string> found;
-  for (const auto& item : value.items()) {
-    if (!item.is(Json::Kind::string)) refuse(name, value, "a list of names");
-    found.push_back(item.text());
-  }
-  return found;
-}
 
 // Alpha is laid over the background, in float32.
 Picture without_alpha(const Picture& picture, float background) {
@@ -77,14 +32,13 @@ uint8_t luma(const uint8_t* rgb) { return static_cast<uint8_t>((rgb[0] * 19595U 
 }  // namespace
 
 Transform Transform::from_json(const Json& document) {
-  if (!document.is(Json::Kind::object)) throw Malformed("it is no object");
   Transform made;
   const bool grey = document.find("color") && document.find("color")->text() == "L";
-  const std::map<std::string, std::function<void(const std::string&, const Json&)>> readers{
+  const Readers readers{
       {"resize",
        [&](const auto& name, const auto& value) {
          if (value.is_integer()) {
-           made.shorter = pixels(name, value);
+           made.shorter = whole(name, value, "pixels, or [height, width] in pixels");
          } else {
            made.resize = size_of(name, value);
          }
@@ -107,19 +61,9 @@ Transform Transform::from_json(const Json& document) {
        }},
       {"layout", [&](const auto& name, const auto& value) { made.layout = one_of(name, value, {"NCHW", "NHWC"}); }},
       {"dtype", [&](const auto& name, const auto& value) { made.dtype = one_of(name, value, {"float32", "uint8"}); }},
-      {"softmax",
-       [&](const auto& name, const auto& value) {
-         if (!value.is(Json::Kind::boolean)) refuse(name, value, "true or false");
-         made.softmax = value.truth();
-       }},
+      {"softmax", [&](const auto& name, const auto& value) { made.softmax = truth(name, value); }},
       {"classes", [&](const auto& name, const auto& value) { made.classes = names(name, value); }}};
-  const std::vector<std::string> may_be_null{"resize", "crop", "classes"};
-  for (const auto& [name, value] : document.members()) {
-    const auto reader = readers.find(name);
-    if (reader == readers.end()) throw Malformed("unknown key " + name);
-    const bool absent = value.is(Json::Kind::null) && std::count(may_be_null.begin(), may_be_null.end(), name);
-    if (!absent) reader->second(name, value);
-  }
+  read_declared(document, readers, {"resize", "crop", "classes"});
   const size_t channels = grey ? 1 : 3;
   if (made.mean.size() != channels || made.deviation.size() != channels) {
     throw Malformed(format("%s has %zu channels, but mean has %zu values and std %zu", made.color.c_str(), channels, made.mean.size(),
@@ -203,26 +147,6 @@ Picture Transform::cropped(Picture picture) const {
     }
   }
   return out;
-}
-
-std::vector<Ranked> Transform::best(const std::vector<double>& scores, size_t top) const {
-  std::vector<double> row = scores;
-  if (softmax) {
-    const double most = *std::max_element(row.begin(), row.end());
-    for (auto& value : row) value = std::exp(value - most);
-    const double sum = std::accumulate(row.begin(), row.end(), 0.0);
-    for (auto& value : row) value /= sum;
-  }
-  std::vector<size_t> order(row.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  const auto better = [&](size_t a, size_t b) { return row[a] > row[b] || (!std::isnan(row[a]) && std::isnan(row[b])); };
-  std::stable_sort(order.begin(), order.end(), better);
-  std::vector<Ranked> found;
-  for (size_t i = 0; i < std::min(top, order.size()); ++i) {
-    const size_t index = order[i];
-    found.push_back({static_cast<int64_t>(index), row[index], index < classes.size() ? classes[index] : ""});
-  }
-  return found;
 }
 
 }  // namespace deploycc

@@ -1,7 +1,6 @@
-// Declared pre- and post-processing (transform.json): the same numbers as runner.pyz, bit by bit.
+// Declared pre-processing of pictures (transform.json): the same numbers as runner.pyz, bit by bit.
 //
 //     picture --resize--> --centre crop--> colour order --> (x · scale − mean) / std --> layout --> tensor
-//     scores --softmax?--> top-k with class names
 #pragma once
 
 #include <optional>
@@ -10,20 +9,13 @@
 #include <vector>
 
 #include "array.h"
+#include "declared.h"
 #include "json.h"
 #include "resize.h"
 
 namespace deploycc {
 
-struct Ranked {
-  int64_t index;
-  double score;
-  std::string name;  // empty when the class has none
-};
-
 struct Transform {
-  using Size = std::pair<int64_t, int64_t>;  // height, width
-
   int64_t shorter = 0;  // resize the shorter side to it; 0 = not
   std::optional<Size> resize, crop;
   std::string interpolation = "bilinear", color = "RGB", layout = "NCHW", dtype = "float32";
@@ -37,9 +29,6 @@ struct Transform {
 
   // The model's input without batch axis. Raises Malformed when the picture has neither 1, 3 nor 4 channels.
   Array apply(const Picture& picture) const;
-
-  // The best classes of one row of scores, best first.
-  std::vector<Ranked> best(const std::vector<double>& scores, size_t top) const;
 
  private:
   Picture colored(const Picture& picture) const;

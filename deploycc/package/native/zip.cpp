@@ -164,7 +164,8 @@ Bytes zip(const Members& members) {
     append(directory, central_mark, 4);
     append(directory, 20, 2);
     append_member(directory, name, content);
-    append(directory, 0, 2 + 2 + 2 + 4);  // comment, disk, attributes
+    append(directory, 0, 2 + 2 + 2);  // comment, disk, internal attributes
+    append(directory, 0, 4);          // external attributes
     append(directory, local, 4);
     append(directory, name);
   }
