@@ -125,6 +125,10 @@ class BenchError(DeployError):
     """A measurement that cannot be taken, or results that cannot be compared."""
 
 
+class EmulationError(DeployError):
+    """An emulated device that does not start, or on which a program ends by a signal or in the wrong way."""
+
+
 class Interrupted(DeployError):
     """The user stopped the run; says what was kept."""
 
