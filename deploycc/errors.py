@@ -121,6 +121,18 @@ class BenchError(DeployError):
     """A measurement that cannot be taken, or results that cannot be compared."""
 
 
+class DeviceError(DeployError):
+    """A device that cannot be reached, or on which a bundle cannot be run."""
+
+
+class ConnectionLost(DeviceError):
+    """The connection to a device ended while something ran there."""
+
+
+class DeviceTimeout(DeviceError):
+    """A device that did not answer in time."""
+
+
 class Interrupted(DeployError):
     """The user stopped the run; says what was kept."""
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from deploycc.errors import DeployError, UsageError
 from deploycc.runtime.bundle import LoadedBundle, check_golden, interpret, load, open_session, read_golden, read_input
-from deploycc.runtime.host import check_host, peak_rss_bytes
+from deploycc.runtime.host import check_host, peak_rss_bytes, reset_peak, rss_bytes
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_model
 from deploycc.runtime.measure import instability, summarize, time_interleaved
 from deploycc.runtime.sessions import find
@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("selftest", parents=[common], help="check hashes, this machine, and the golden outputs")
     timing = commands.add_parser("bench", parents=[common], help="measure latency, cold start and memory on this machine")
     timing.add_argument("--seconds", type=float, help="least seconds of timed calls (default: what the target says)")
+    timing.add_argument("--runs", type=_count, help="least number of timed calls (default: what the target says)")
+    timing.add_argument("--samples", action="store_true", help="with --json: every timed call in nanoseconds too")
     timing.add_argument("--input", type=Path, metavar="FILE", help="a picture or .npz to measure with, instead of the golden inputs")
     using = commands.add_parser("predict", parents=[common], help="run one picture or one .npz file of arrays")
     using.add_argument("file", type=Path)
@@ -118,23 +120,27 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     feeds = (read_input(bundle, options.input),) if options.input else read_golden(bundle).feeds
     wanted = bundle.manifest["target"].get("bench", {})
     seconds = options.seconds or wanted.get("min_seconds", 2.0)
+    runs = options.runs or wanted.get("min_runs", 30)
+    earlier = peak_rss_bytes()
+    before = rss_bytes() if reset_peak() else None  # as the host's harness does, so that growth means the same
     begin = time.perf_counter_ns()
     with open_session(bundle, threads) as session:
         opened = time.perf_counter_ns()
         session.run(feeds[0])
         session.synchronize()
         first = time.perf_counter_ns()
+        cold_peak = peak_rss_bytes()
 
         def call(index: int) -> None:
             session.run(feeds[index % len(feeds)])
             session.synchronize()
 
-        samples = time_interleaved({"model": call}, min_seconds=seconds, min_runs=wanted.get("min_runs", 30))["model"]
+        samples = time_interleaved({"model": call}, min_seconds=seconds, min_runs=runs)["model"]
     summary = summarize(samples)
     warnings = list(instability(samples, summary))
     if threads > available_cores():
         warnings.append(f"{threads} threads on {available_cores()} available cores")
-    peak = peak_rss_bytes()
+    peak = max(filter(None, (earlier, peak_rss_bytes())), default=None)
     about = _about(bundle, threads)
     answer: dict[str, Any] = {
         **about,
@@ -144,6 +150,16 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "peak_rss_mb": None if peak is None else peak / 1e6,
         "warnings": warnings,
     }
+    if options.samples:
+        answer["measurement"] = {
+            "samples_ns": samples.ns.tolist(),
+            "per_round": samples.per_round,
+            "warmups": samples.warmups,
+            "rss_growth_mb": (cold_peak - before) / 1e6 if before and cold_peak and cold_peak > before else None,
+            "inputs": {name: [str(array.dtype), list(array.shape)] for name, array in feeds[0].items()},
+            "min_seconds": seconds,
+            "min_runs": runs,
+        }
     memory = "not known" if peak is None else f"{peak / 1e6:.0f} MB, this whole process"
     times = f"p50 {summary.p50:.3f} ms ({summary.low:.3f} to {summary.high:.3f}), p90 {summary.p90:.3f}, p99 {summary.p99:.3f}"
     lines = [
