@@ -14,6 +14,7 @@ from deploycc.core.registry import BACKENDS, DATASETS, FORMS, MODELS, PASSES, RO
 from deploycc.core.spec import format_spec
 from deploycc.errors import DeployError, UnknownName
 from deploycc.manual import attribute_docs, backend_manual, pass_manual, source_manual, target_manual
+from deploycc.package.runner import RUNNERS, Runner
 
 
 @pytest.mark.parametrize("name", PASSES.names())
@@ -111,6 +112,13 @@ def test_every_source_fits_its_protocol(registry, protocol):
         assert isinstance(source, protocol)
         assert source.syntax
         assert source.syntax in source_manual(name)
+
+
+@pytest.mark.parametrize("name", RUNNERS.names())
+def test_every_runner_fits_its_protocol(name):
+    runner = RUNNERS.get(name)
+    assert isinstance(runner, Runner)
+    assert len(summary(type(runner))) > 20
 
 
 def test_unknown_names_are_refused_with_the_nearest():
