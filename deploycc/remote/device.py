@@ -12,7 +12,6 @@ from deploycc.errors import DeviceError, MismatchError
 from deploycc.runtime.host import version_numbers
 from deploycc.runtime.machine import ALIASES, cpu_flags
 
-PYTHON = "python3"
 MINIMUM_PYTHON = "3.11"  # what runner.pyz is written for
 NO_CPP = "or use a bundle with a runner that needs no Python"
 
@@ -53,8 +52,14 @@ def read_probe(text: str) -> Probe:
     return Probe({key: value.strip() for key, _, value in pairs if value.strip()}, cpuinfo)
 
 
-def check(probe: Probe, manifest: Mapping[str, Any], runner: tuple[str, ...]) -> None:
-    """Raise MismatchError or DeviceError where it is plain that the bundle cannot run there: architecture, CPU flags, Python."""
+def check(probe: Probe, manifest: Mapping[str, Any], python: str | None) -> None:
+    """Raise MismatchError or DeviceError where it is plain that the bundle cannot run there: architecture, CPU flags, Python.
+
+    Args:
+        probe: of the device.
+        manifest: of the bundle.
+        python: the interpreter that was asked for, None for a runner that needs none.
+    """
     target = manifest["target"]
     if target["arch"] not in ("any", probe.arch):
         raise MismatchError(
@@ -67,14 +72,18 @@ def check(probe: Probe, manifest: Mapping[str, Any], runner: tuple[str, ...]) ->
             f"the bundle needs a CPU with {', '.join(target['requires'])}; the device's lacks {', '.join(missing)}",
             fix="compile for a target without that requirement (deploycc targets)",
         )
-    if runner[0] != PYTHON:
+    if python is None:
         return
     version = probe.facts.get("python")
     if version is None:
-        raise DeviceError("the device has no python3", fix=f"install it there: apt install python3 python3-numpy; {NO_CPP}")
+        raise DeviceError(
+            f"the device has no {python}",
+            fix=f"install it there (apt install python3 python3-numpy), name another: --device-python ~/venv/bin/python, {NO_CPP}",
+        )
     if version_numbers(version) < version_numbers(MINIMUM_PYTHON):
         raise DeviceError(
-            f"the device's python3 is {version}; the runner needs {MINIMUM_PYTHON} or later", fix=f"install a newer one there; {NO_CPP}"
+            f"the device's {python} is {version}; the runner needs {MINIMUM_PYTHON} or later",
+            fix=f"name a newer one: --device-python PATH, {NO_CPP}",
         )
 
 

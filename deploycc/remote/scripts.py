@@ -17,7 +17,7 @@ WRITING_FAILED = 71  # exit status: a folder or file of the device cannot be wri
 HELD = 75  # another run has the bundle's folder
 DAMAGED = 65  # what arrived is not what was sent
 
-# → KEY VALUE lines, then "cpuinfo" and the kernel's text
+# PYTHON → KEY VALUE lines, then "cpuinfo" and the kernel's text
 PROBE = """
 echo "system $(uname -s) $(uname -r)"
 echo "arch $(uname -m)"
@@ -28,7 +28,12 @@ echo "limit $(cat /sys/fs/cgroup/cpu.max 2>/dev/null)"
 echo "load $(cat /proc/loadavg 2>/dev/null)"
 echo "board $(tr -d '\\000' </proc/device-tree/model 2>/dev/null)"
 echo "home ${XDG_CACHE_HOME:-$HOME/.cache}"
-command -v python3 >/dev/null 2>&1 && echo "python $(python3 -c 'import sys; print(*sys.version_info[:3], sep=chr(46))' 2>&1 | tail -n 1)"
+python=$1
+case $python in "~/"*) python=$HOME/${python#"~/"} ;; esac
+if python=$(command -v "$python" 2>/dev/null); then
+  echo "interpreter $python"
+  echo "python $("$python" -c 'import sys; print(*sys.version_info[:3], sep=chr(46))' 2>&1 | tail -n 1)"
+fi
 echo cpuinfo
 cat /proc/cpuinfo 2>/dev/null
 """
@@ -74,7 +79,8 @@ if ! mkdir "$lock"; then
   [ -d "$lock" ] && {{ echo "held 0 another run"; exit {HELD}; }}
   exit {WRITING_FAILED}
 fi
-{{ echo "$3" >"$lock/owner" && echo "$boot" >"$lock/boot" && echo $$ >"$lock/pid" && now >"$lock/beat" && mkdir -p "$2" && chmod 700 "$2"; }} || {{
+sign() {{ echo "$3" >"$lock/owner" && echo "$boot" >"$lock/boot" && echo $$ >"$lock/pid" && now >"$lock/beat"; }}
+{{ sign "$@" && mkdir -p "$2" && chmod 700 "$2"; }} || {{
   rm -rf "$lock"
   exit {WRITING_FAILED}
 }}
@@ -84,9 +90,11 @@ df -Pk . | tail -n 1
 while read -r word; do now >"$lock/beat"; done
 end_job "$lock"
 rm -rf "$lock"
+cd / && rmdir "$base" 2>/dev/null
+exit 0
 """
 
-SHA = 'sha() { if command -v sha256sum >/dev/null 2>&1; then sha256sum; else shasum -a 256; fi; }\n'
+SHA = "sha() { if command -v sha256sum >/dev/null 2>&1; then sha256sum; else shasum -a 256; fi; }\n"
 
 # FOLDER NAME… → one line each: "whole|part SIZE SHA256 -" or "none"
 LIST = f"""

@@ -130,21 +130,23 @@ class Transport(ABC):
         if began and ended:
             return Ran(int(status.split()[0]), answer, ran.err)
         if (why := self.trouble(ran)) is not None:
-            raise ConnectionLost(f"the connection to {self.address} ended: {why}", fix=AGAIN)
+            raise ConnectionLost(f"the connection ended: {why}", fix=AGAIN)
         raise DeviceError(
-            f"{self.address} {'ended its shell in the middle' if began else 'runs no command'}: {said(ran) or f'status {ran.status}'}",
+            f"the account {'ended its shell in the middle' if began else 'runs no command'}: {said(ran) or f'status {ran.status}'}",
             fix="give an account whose login shell is a POSIX shell (sh, bash, zsh), and look whether the device ran out of memory",
         )
 
-    def push(self, file: Path, folder: str, name: str, sha256: str, *, offset: int = 0, mode: str = "600", sent: Callable[[int], None]) -> Ran:
+    def push(
+        self, file: Path, folder: str, name: str, sha256: str, *, offset: int = 0, mode: str = "600", sent: Callable[[int], None]
+    ) -> Ran:
         """Copy a file into a folder of the device from byte `offset` on; it gets its name when all of it is there with that SHA-256."""
         with file.open("rb") as opened:
             opened.seek(offset)
             return self.run(scripts.PUSH, folder, name, sha256, str(offset), mode, stdin=opened, sent=sent)
 
-    def remove(self, folder: str) -> bool:
+    def remove(self, folder: str, timeout: float = QUICK_SECONDS) -> bool:
         """Remove a folder of the device; whether it is gone."""
-        return self.run(scripts.REMOVE, folder).status == 0
+        return self.run(scripts.REMOVE, folder, timeout=timeout).status == 0
 
     def hold(self, script: str, *arguments: str) -> Holder:
         """Start a script that reads its standard input for as long as the connection stands."""
@@ -177,8 +179,7 @@ class Holder:
     def __init__(self, transport: Transport, script: str, arguments: tuple[str, ...]) -> None:
         self._transport = transport
         self._mark = secrets.token_hex(8)
-        self._out = tempfile.TemporaryFile()
-        self._err = tempfile.TemporaryFile()
+        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (closed by release)
         command = transport.command(shell_text(f"echo {self._mark}\n{script}", arguments))
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=self._out, stderr=self._err, env=process.environment(), start_new_session=True
@@ -214,7 +215,7 @@ class Holder:
             if self._transport.cancel.wait(process.POLL_SECONDS):
                 raise process.stopped()
             if time.monotonic() > end:
-                raise DeviceTimeout(f"{self._transport.address}: no answer within {timeout:g} s", fix=AGAIN)
+                raise DeviceTimeout(f"no answer within {timeout:g} s", fix=AGAIN)
 
     def release(self, timeout: float = 10.0) -> None:
         """Close its input and wait until it has tidied up; never raises."""

@@ -59,7 +59,7 @@ class Adb:
         transport = AdbTransport(program, address, cancel)
         if (why := transport.state()) is not None:
             fix = next((fix for pattern, fix in FIXES if re.search(pattern, why)), "look at: adb devices")
-            raise DeviceError(f"cannot reach {address}: {why}", fix=fix)
+            raise DeviceError(f"cannot be reached: {why}", fix=fix)
         return transport
 
 

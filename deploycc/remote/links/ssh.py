@@ -1,7 +1,7 @@
 """A device with an SSH server: the machine's own OpenSSH client, with the user's keys, agent, configuration and known hosts.
 
-HOST may be a name of ~/.ssh/config, an address, or [IPv6]. One connection carries everything (ControlMaster). Nothing is asked: a device that
-wants a password, or whose key is not known yet, is an error that says what to do once by hand. A network that goes silent is noticed
+HOST may be a name of ~/.ssh/config, an address, or [IPv6]. One connection carries everything (ControlMaster). Nothing is asked: a device
+that wants a password, or whose key is not known yet, is an error that says what to do once by hand. A network that goes silent is noticed
 after 15 seconds (ServerAliveInterval 5, three times). FOLDER is where on the device to work: a disk with more space, say.
 
 Names may hold letters, digits, dots, dashes and underscores, and no dash in front, so none is read as an option or by a shell.
@@ -78,12 +78,16 @@ class Ssh:
             raise UsageError(f"--device {text!r} is no address", fix=f"write {self.syntax}")
         user, host, port, folder = match["user"], match["host"], match["port"], match["folder"]
         if user is not None and ":" in user:
-            raise UsageError(f"--device ssh://{user.partition(':')[0]}:… holds a password", fix="passwords are never used: give the device your key")
+            raise UsageError(
+                f"--device ssh://{user.partition(':')[0]}:… holds a password", fix="passwords are never used: give the device your key"
+            )
         if user is not None and not NAME.fullmatch(user):
             raise UsageError(f"--device {text!r}: {user!r} is no user name", fix=f"write {self.syntax}")
         bare = host[1:-1] if host.startswith("[") else host
         if not (IPV6 if host.startswith("[") else NAME).fullmatch(bare):
-            raise UsageError(f"--device {text!r}: {bare!r} is no host name or address", fix=f"write {self.syntax}; an IPv6 address as [2001:db8::1]")
+            raise UsageError(
+                f"--device {text!r}: {bare!r} is no host name or address", fix=f"write {self.syntax}; an IPv6 address as [2001:db8::1]"
+            )
         if port is not None and not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
             raise UsageError(f"--device {text!r}: {port!r} is no port", fix="give a number from 1 to 65535")
         return Address(text, bare, user, int(port) if port else None, plain_folder(text, folder))
@@ -143,12 +147,14 @@ class SshTransport(Transport):
             if self.cancel.wait(process.POLL_SECONDS):
                 raise process.stopped()
             if time.monotonic() > end:
-                raise DeviceTimeout(f"{self.address} did not let us in within {3 * CONNECT_SECONDS} s", fix=self._filled("look at it by hand: {by_hand}"))
+                raise DeviceTimeout(
+                    f"it did not let us in within {3 * CONNECT_SECONDS} s", fix=self._filled("look at it by hand: {by_hand}")
+                )
 
     def _refused(self) -> DeviceError:
         words = said(Ran(0, "", process.text(self._said))) or f"ssh ended with status {self._master.returncode}"
         fix = next((fix for pattern, fix in FIXES if re.search(pattern, words)), "try it by hand: {by_hand}")
-        return DeviceError(f"cannot reach {self.address}: {words}", fix=self._filled(fix))
+        return DeviceError(f"cannot be reached: {words}", fix=self._filled(fix))
 
     def _filled(self, fix: str) -> str:
         port = f"-p {self.address.port} " if self.address.port else ""
