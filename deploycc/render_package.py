@@ -22,6 +22,8 @@ def packed(result: Packed) -> Iterator[Any]:
         yield _needs(result)
     yield ""
     yield f"package: {result.path}  {size(result.bytes)}, sha256 {result.sha256}"
+    if result.signed:
+        yield f"signed: by the key {result.signed}"
     yield from (f"note: {note}" for note in result.notes)
     if result.limit is not None:
         state = "met" if result.met else f"NOT MET: the largest part is {result.parts[0].name}"
@@ -52,6 +54,7 @@ def packed_json(result: Packed) -> dict[str, Any]:
         "sha256": result.sha256,
         "parts": [asdict(part) for part in result.parts],
         "needs": [asdict(item) for item in result.needs],
+        "signed": result.signed,
         "limit": result.limit,
         "met": result.met,
         "notes": list(result.notes),

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from deploycc.commands._app import Json, app, emit, show
 
 
 @app.command()
-def verify(bundle: Path, json: Json = False) -> None:
-    """Check a bundle: hashes, this machine, golden outputs."""
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder, .zip or .tar.gz.")],
+    key: Annotated[Path | None, typer.Option(metavar="PUB.pem", help="Refuse it unless the owner of this public key signed it.")] = None,
+    json: Json = False,
+) -> None:
+    """Check a bundle: signature, hashes, this machine, golden outputs."""
     from deploycc import tools
 
-    found = tools.verify(bundle)
+    found = tools.verify(bundle, key)
     if json:
         emit(found)
         return

@@ -18,12 +18,16 @@ from typing import Any
 
 from deploycc.core.store import file_digest
 from deploycc.errors import UsageError
+from deploycc.package import signing
 from deploycc.package.archive import deflated, format_of, write_archive, writing
 from deploycc.package.manifest import strip_measured
-from deploycc.package.runner import RUNNERS, Component, RunnerParts
-from deploycc.runtime.bundle import MANIFEST, LoadedBundle, canonical, document_digest, listed, load
+from deploycc.package.runner import RUNNERS, Component, Runner, RunnerParts
+from deploycc.runtime.bundle import LoadedBundle, canonical, document_digest, listed, load
+from deploycc.runtime.seal import MANIFEST, SIGNATURE
+from deploycc.runtime.unpack import opened
 
-PARTS = {"model": "model", "model-data": "model", "": "manifest"}  # role → row of the table; other roles are rows of their own
+MADE_HERE = ("runner", "sbom")  # roles of files that packing adds
+PARTS = {"model-data": "model"}  # role → row of the table; other roles are rows of their own
 LEAVABLE = ("report", "checkpoint")  # nothing on the device reads them
 
 
@@ -49,6 +53,7 @@ class Packed:
         parts: what it is made of, the largest first.
         needs: what the device needs besides.
         limit: the most bytes it may have, or None.
+        signed: fingerprint of the key that signed it, or None.
         notes: what the user should know.
     """
 
@@ -59,6 +64,7 @@ class Packed:
     parts: tuple[Part, ...]
     needs: tuple[Component, ...]
     limit: int | None = None
+    signed: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -68,28 +74,31 @@ class Packed:
 
 
 def pack(
-    folder: Path,
+    bundle: Path,
     out: Path | None = None,
     *,
     form: str | None = None,
     runners: Sequence[str] = ("python",),
     without: Sequence[str] = (),
+    key: Path | None = None,
     limit: int | None = None,
 ) -> Packed:
-    """Write the bundle in `folder` as one file.
+    """Write a bundle as one file.
 
     Args:
-        folder: of the bundle.
+        bundle: its folder, or a package of it.
         out: the file; beside the bundle and named like it when None.
         form: "zip" or "tar.gz"; None: what the name says, else "zip".
         runners: names of runners that travel with it.
         without: roles of files that stay behind, of LEAVABLE.
+        key: PEM file of an Ed25519 private key that signs it.
         limit: the most bytes the file should have; the result says whether it keeps to it.
 
     Raises:
-        UsageError: an unknown format, runner or role; a name that contradicts the format.
+        UsageError: an unknown format, runner or role; a name that contradicts the format; the package itself as its file; no such key.
         BundleError: the bundle is damaged.
         StoreError: the file cannot be written.
+        MissingDependency: what a runner or the signature needs is not installed.
     """
     if wrong := [role for role in without if role not in LEAVABLE]:
         raise UsageError(
@@ -98,25 +107,50 @@ def pack(
     if not runners:
         raise UsageError("a package needs a runner", fix=f"give --runner {' or --runner '.join(RUNNERS.names())}")
     chosen = [RUNNERS.get(name) for name in dict.fromkeys(runners)]
-    bundle = load(folder)
+    if key is not None:
+        signing.read_private_key(key)  # before anything slow
     form = format_of(out or Path("x"), form)
-    out = out or folder.resolve().with_name(f"{folder.resolve().name}.{form}")
-    with writing(out), tempfile.TemporaryDirectory(prefix="deploycc-package-") as work:
+    with opened(bundle) as folder, tempfile.TemporaryDirectory(prefix="deploycc-package-") as work:
+        loaded = load(folder)
+        top = folder.resolve().name
+        out = out or bundle.resolve().with_name(f"{top}.{form}")
+        if out.resolve() == bundle.resolve():
+            raise UsageError(f"{out} is the package that is read", fix="give another file with -o")
         staged = Path(work)
-        kept = [entry for entry in bundle.manifest["files"] if entry["role"] not in ("runner", *without)]
-        measured = [entry for entry in bundle.manifest["measured"].get("files", []) if entry["role"] not in ("runner", "sbom", *without)]
-        for entry in (*kept, *measured):
-            _copy(bundle.folder / entry["path"], staged / entry["path"])
-        added = [runner.add(bundle, staged) for runner in chosen]
-        for name in dict.fromkeys(name for parts in added for name in parts.files):
-            same = [entry for entry in bundle.manifest["files"] if entry["path"] == name and entry["sha256"] == file_digest(staged / name)]
-            (kept if same else measured).append(same[0] if same else _entry(staged, name, "runner"))
-        manifest = _sealed(bundle, kept, measured)
-        (staged / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        manifest, added = _staged(loaded, staged, chosen, without)
+        signed, notes = signing.sign(staged, key) if key else (None, _unsigned(folder))
         parts = _parts(staged, manifest)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_archive(staged, out, form, folder.resolve().name)
-        return Packed(out, form, out.stat().st_size, file_digest(out), parts, _needs(added), limit, _notes(added))
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        write_archive(staged, out, form, top)
+    needs = tuple({item.name: item for parts in added for item in parts.needs}.values())
+    notes = (*(note for parts in added for note in parts.notes), *notes)
+    return Packed(out, form, out.stat().st_size, file_digest(out), parts, needs, limit, signed, notes)
+
+
+def _staged(
+    loaded: LoadedBundle, staged: Path, runners: Sequence[Runner], without: Sequence[str]
+) -> tuple[dict[str, Any], list[RunnerParts]]:
+    """Put everything that travels into the folder `staged`, the manifest last."""
+    own, measured = loaded.manifest["files"], loaded.manifest["measured"].get("files", [])
+    left = {*MADE_HERE, *without}
+    files, others = ([entry for entry in entries if entry["role"] not in left] for entries in (own, measured))
+    for entry in (*files, *others):
+        _copy(loaded.folder / entry["path"], staged / entry["path"])
+    added = [runner.add(loaded, staged) for runner in runners]
+    for name in dict.fromkeys(name for parts in added for name in parts.files):
+        entry = _entry(staged, name, "runner")
+        (files if entry in own else others).append(entry)
+    manifest = _sealed(loaded, files, others)
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return manifest, added
+
+
+def _unsigned(folder: Path) -> tuple[str, ...]:
+    """A signature is over one manifest: a package of a package has its own or none."""
+    if not (folder / SIGNATURE).is_file():
+        return ()
+    return ("the bundle's signature does not travel: sign this package with --sign KEY.pem",)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -143,17 +177,11 @@ def _sealed(bundle: LoadedBundle, files: list[dict[str, Any]], measured: list[di
 
 def _parts(folder: Path, manifest: Mapping[str, Any]) -> tuple[Part, ...]:
     """Sizes by kind of file, the largest first."""
-    roles = {MANIFEST: "", **{entry["path"]: entry["role"] for entry in listed(manifest)}}
+    roles = {MANIFEST: "manifest", **{entry["path"]: entry["role"] for entry in listed(manifest)}}
+    if (folder / SIGNATURE).is_file():
+        roles[SIGNATURE] = "signature"
     rows: dict[str, list[Path]] = {}
     for name, role in roles.items():
         rows.setdefault(PARTS.get(role, role), []).append(folder / name)
     found = [Part(row, len(files), sum(file.stat().st_size for file in files), sum(map(deflated, files))) for row, files in rows.items()]
     return tuple(sorted(found, key=lambda part: (-part.compressed, part.name)))
-
-
-def _needs(added: Sequence[RunnerParts]) -> tuple[Component, ...]:
-    return tuple({item.name: item for parts in added for item in parts.needs}.values())
-
-
-def _notes(added: Sequence[RunnerParts]) -> tuple[str, ...]:
-    return tuple(note for parts in added for note in parts.notes)

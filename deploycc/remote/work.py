@@ -69,14 +69,13 @@ class Work:
         return first, rest
 
     def program(self) -> str | None:
-        """The executable that was packed with it to run it, None where that is Python's runner.pyz."""
+        """The program that was packed with it to run it (its libraries lie in folders), None where that is Python's runner.pyz."""
         names = [entry["path"] for entry in listed(self.bundle.manifest) if entry["role"] == "runner"]
-        programs = [name for name in names if name != RUNNER and self.executable(name) and "/" not in name]
-        return programs[0] if programs else None
+        return next((name for name in names if name != RUNNER and "/" not in name), None)
 
     def executable(self, name: str) -> bool:
-        """Whether a file of the bundle may be executed."""
-        return bool((self.bundle.folder / name).stat().st_mode & 0o100)
+        """Whether a file of the bundle may be executed, also when an archive forgot it."""
+        return name == self.program() or bool((self.bundle.folder / name).stat().st_mode & 0o100)
 
     def key(self, devices: list[str]) -> str:
         """Of the same work on the same devices."""

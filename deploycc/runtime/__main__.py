@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 
 from deploycc.errors import DeployError, UsageError
-from deploycc.runtime.bundle import LoadedBundle, check_golden, interpret, load, open_session, read_golden, read_input
+from deploycc.runtime.bundle import LoadedBundle, check_golden, load, open_session, read_golden
 from deploycc.runtime.host import check_host, peak_rss_bytes, reset_peak, rss_bytes
+from deploycc.runtime.inputs import interpret, read_input
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_model
 from deploycc.runtime.measure import instability, summarize, time_interleaved
+from deploycc.runtime.seal import check_signature
 from deploycc.runtime.sessions import find
 from deploycc.runtime.signature import Outputs
+from deploycc.runtime.unpack import opened
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     command = {"selftest": selftest, "bench": bench, "predict": predict}[options.command]
     try:
-        answer, text = command(options)
+        with opened(options.bundle) as options.bundle:
+            answer, text = command(options)
     except DeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -43,7 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON document")
     common.add_argument("--threads", type=_count, help="threads of the runtime (default: the target's, at most this machine's cores)")
-    common.add_argument("--bundle", type=Path, default=_home(), help="folder of the bundle (default: where this file lies)")
+    common.add_argument(
+        "--bundle", type=Path, default=_home(), help="folder, .zip or .tar.gz of the bundle (default: where this file lies)"
+    )
+    common.add_argument("--key", type=Path, metavar="PUB.pem", help="refuse the bundle unless the owner of this public key signed it")
     parser = argparse.ArgumentParser(prog="runner.pyz", description="Check, measure and use the model bundle that this file lies in.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("selftest", parents=[common], help="check hashes, this machine, and the golden outputs")
@@ -74,6 +81,8 @@ def _home() -> Path:
 
 def _open(options: argparse.Namespace) -> tuple[LoadedBundle, int]:
     """A bundle that is whole and fits this machine, and how many threads to run it with."""
+    if options.key:
+        check_signature(options.bundle, options.key)
     bundle = load(options.bundle)
     check_host(bundle.manifest)
     wanted = bundle.manifest["target"].get("bench", {}).get("threads", 1)

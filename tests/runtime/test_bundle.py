@@ -20,14 +20,13 @@ from deploycc.runtime.bundle import (
     Golden,
     check_golden,
     document_digest,
-    interpret,
     load,
     open_session,
     read_arrays,
     read_golden,
-    read_input,
     write_golden,
 )
+from deploycc.runtime.inputs import interpret, read_input
 from deploycc.runtime.machine import cpu_flags
 from deploycc.runtime.transform import Transform
 
