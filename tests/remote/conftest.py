@@ -123,4 +123,3 @@ def run(tmp_path: Path) -> Callable[..., fleet.Fleet]:
         return fleet.run(work, devices, root=tmp_path / "cache", **options)
 
     return go
-

@@ -20,7 +20,9 @@ import psutil
 import pytest
 
 SSHD = shutil.which("sshd") or next((path for path in ("/usr/sbin/sshd", "/usr/local/sbin/sshd") if os.access(path, os.X_OK)), None)
-needs_sshd = pytest.mark.skipif(SSHD is None or shutil.which("ssh") is None, reason="there is no OpenSSH server: apt install openssh-server")
+needs_sshd = pytest.mark.skipif(
+    SSHD is None or shutil.which("ssh") is None, reason="there is no OpenSSH server: apt install openssh-server"
+)
 
 
 def free_port() -> int:

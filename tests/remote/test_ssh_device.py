@@ -34,10 +34,14 @@ def servers(tmp_path, monkeypatch, python_folder):
 
 def test_smoke(servers, make_work, tmp_path):
     import time
+
     a = servers()
-    t=t0=time.time()
-    found = fleet.run(make_work(), [a.address], root=tmp_path / "cache", progress=lambda w,d,t,n="": print(f"{time.time()-t0:.2f}", n, d, t)) 
-    print(time.time()-t)
-    for f in found.failures: print(f.what, f.error.fix, getattr(f.error,'__notes__',[]))
+    t = t0 = time.time()
+    found = fleet.run(
+        make_work(), [a.address], root=tmp_path / "cache", progress=lambda w, d, t, n="": print(f"{time.time() - t0:.2f}", n, d, t)
+    )
+    print(time.time() - t)
+    for f in found.failures:
+        print(f.what, f.error.fix, getattr(f.error, "__notes__", []))
     assert isinstance(found.outcomes[0], DeviceResult)
     print(a.left())
