@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from deploycc.bench.environment import Environment
 from deploycc.bench.result import BenchResult, Measurement
 from deploycc.core.target import Bench
 from deploycc.errors import BenchError, DeviceError
+from deploycc.remote.device import Probe, environment
 from deploycc.remote.process import Ran
 from deploycc.remote.transport import Address, said
 
@@ -80,7 +80,7 @@ def elsewhere(address: Address, first: str) -> str:
     return f"{first}, or name a folder on another disk: --device {place}/FOLDER"
 
 
-def bench_result(name: str, answer: Mapping[str, Any], environment: Environment) -> BenchResult:
+def bench_result(name: str, answer: Mapping[str, Any], probe: Probe, libraries: Mapping[str, str]) -> BenchResult:
     """The device's figures as the host's harness gives them: the same statistics, from the same raw samples. Raises BenchError."""
     try:
         taken = answer["measurement"]
@@ -94,9 +94,10 @@ def bench_result(name: str, answer: Mapping[str, Any], environment: Environment)
             rss_growth_mb=taken["rss_growth_mb"],
             inputs={key: (dtype, tuple(shape)) for key, (dtype, shape) in taken["inputs"].items()},
         )
-        settings = Bench(threads=environment.threads, min_seconds=taken["min_seconds"], min_runs=taken["min_runs"])
+        where = environment(probe, answer, libraries)
+        settings = Bench(threads=where.threads, min_seconds=taken["min_seconds"], min_runs=taken["min_runs"])
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        return BenchResult(measurements=(measurement,), baseline=None, environment=environment, settings=settings, seed=0, created=created)
+        return BenchResult(measurements=(measurement,), baseline=None, environment=where, settings=settings, seed=0, created=created)
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise BenchError(
             f"the bundle's runner answers another way than this version reads: {error!r}", fix="compile or package the bundle again"

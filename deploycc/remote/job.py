@@ -21,7 +21,7 @@ from deploycc.bench.result import BenchResult
 from deploycc.errors import ConnectionLost, DeployError, DeviceError, MismatchError
 from deploycc.remote import process, scripts
 from deploycc.remote.answers import bench_result, cannot_write, document, elsewhere
-from deploycc.remote.device import Probe, check, environment, read_probe
+from deploycc.remote.device import Probe, check, read_probe
 from deploycc.remote.transport import AGAIN, Address, Holder, Link, Transport, said
 from deploycc.remote.upload import Tell, Upload
 from deploycc.remote.work import RUNNER, DeviceResult, Work
@@ -154,7 +154,7 @@ class Job:
             return selftest, None
         self._enter("bench")
         answer = self._ask(transport, folder, [*runner, "bench", "--json", "--samples", *self._options()])
-        return selftest, bench_result(self.work.name, answer, environment(probe, answer, libraries))
+        return selftest, bench_result(self.work.name, answer, probe, libraries)
 
     def _options(self) -> Iterator[str]:
         for option, value in (("--threads", self.work.threads), ("--seconds", self.work.seconds), ("--runs", self.work.runs)):

@@ -114,7 +114,11 @@ PUSH = f"""
 umask 077
 cd "$1" && mkdir -p "$(dirname "$2")" || exit {WRITING_FAILED}
 if [ "$4" -eq 0 ]; then : >"$2.part" || exit {WRITING_FAILED}; fi
-cat >>"$2.part" || exit {WRITING_FAILED}
+exec 3<&0  # what runs in the background would read nothing
+cat <&3 >>"$2.part" &
+echo $! >"$1.lock/job"  # the guard can end it: one that was cut off must not hold the file
+wait $! || exit {WRITING_FAILED}
+rm -f "$1.lock/job"
 set -- "$1" "$2" "$3" "$5" $(sha <"$2.part")
 if [ "$3" != "$5" ]; then rm -f "$2.part"; exit {DAMAGED}; fi
 chmod "$4" "$2.part" && mv -f "$2.part" "$2" || exit {WRITING_FAILED}

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
+from local_device import ANSWERS, LocalLink, with_program
 
-from deploycc.core.contract import Availability
 from deploycc.package.bundle import write
 from deploycc.package.manifest import Contents
 from deploycc.remote import fleet
-from deploycc.remote.process import Ran
-from deploycc.remote.transport import Address, Transport, plain_folder
+from deploycc.remote.transport import Address
 from deploycc.remote.work import Work
 from deploycc.runtime.bundle import load
 
@@ -28,6 +27,20 @@ def bundle_folder(tmp_path_factory: pytest.TempPathFactory, make_contents: Calla
     return write(tmp_path_factory.mktemp("remote") / "tiny-bundle", make_contents()).folder
 
 
+@pytest.fixture(scope="session")
+def quick_folder(bundle_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That bundle with a runner that answers at once and needs nothing on the device."""
+    folder = shutil.copytree(bundle_folder, tmp_path_factory.mktemp("quick") / "tiny-bundle")
+    cases = "".join(f"  {name}) echo '{json.dumps(answer)}' ;;\n" for name, answer in ANSWERS.items())
+    return with_program(folder, f"case $1 in\n{cases}esac\n")
+
+
+@pytest.fixture
+def quick_work(make_work: Callable[..., Work], quick_folder: Path) -> Callable[..., Work]:
+    """Work of the bundle with the quick runner; keyword arguments replace some of it."""
+    return functools.partial(make_work, quick_folder)
+
+
 @pytest.fixture
 def make_work(bundle_folder: Path) -> Callable[..., Work]:
     """Work of that bundle, measured shortly; keyword arguments replace some of it."""
@@ -36,52 +49,6 @@ def make_work(bundle_folder: Path) -> Callable[..., Work]:
         return Work(**{"bundle": load(folder), "name": "tiny", "bench": True, "seconds": 0.05, "runs": 10, "timeout": 60.0, **changes})
 
     return make
-
-
-@dataclass
-class LocalLink:
-    """Devices that are folders: local://NAME/FOLDER, with faults on demand.
-
-    Attributes:
-        breaks: NAME → a word; the connection ends for good at the first command that holds it.
-        hook: called with each command's text, for a test to look at or to meddle with the folder.
-        prefix: what the device's shell does before the command, such as another PATH or a limit.
-    """
-
-    name: ClassVar[str] = "local"
-    syntax: ClassVar[str] = "local://NAME/FOLDER"
-    breaks: dict[str, str] = field(default_factory=dict)
-    hook: Callable[[str], None] = lambda text: None
-    prefix: str = ""
-    commands: list[str] = field(default_factory=list)
-
-    def available(self) -> Availability:
-        return Availability("1")
-
-    def parse(self, text: str) -> Address:
-        name, _, folder = text.removeprefix("local://").partition("/")
-        return Address(text, name, folder=plain_folder(text, f"/{folder}"))
-
-    def connect(self, address: Address, cancel: threading.Event) -> Transport:
-        return LocalTransport(self, address, cancel)
-
-
-class LocalTransport(Transport):
-    def __init__(self, link: LocalLink, address: Address, cancel: threading.Event) -> None:
-        super().__init__(address, cancel)
-        self.link = link
-        self.gone = False
-        self.base = address.folder
-
-    def command(self, text: str) -> list[str]:
-        self.link.hook(text)
-        self.link.commands.append(text)
-        word = self.link.breaks.get(self.address.host)
-        self.gone = self.gone or (word is not None and word in text)
-        return ["sh", "-c", "exit 255" if self.gone else f"{self.link.prefix}\n{text}"]
-
-    def trouble(self, ran: Ran) -> str | None:
-        return "the cable was pulled" if self.gone else None
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,10 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+SSH = shutil.which("ssh")
 SSHD = shutil.which("sshd") or next((path for path in ("/usr/sbin/sshd", "/usr/local/sbin/sshd") if os.access(path, os.X_OK)), None)
-needs_sshd = pytest.mark.skipif(
-    SSHD is None or shutil.which("ssh") is None, reason="there is no OpenSSH server: apt install openssh-server"
-)
+needs_sshd = pytest.mark.skipif(SSHD is None or SSH is None, reason="there is no OpenSSH server: apt install openssh-server")
 
 
 def free_port() -> int:
@@ -163,7 +161,7 @@ def client(folder: Path, servers: list[Server]) -> Path:
         f"IdentityFile {folder / 'key'}\nIdentitiesOnly yes\nIdentityAgent none\nUserKnownHostsFile {folder / 'known_hosts'}\nGlobalKnownHostsFile none\n"
     )
     program = folder / "ssh"
-    program.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder / "config"} "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {SSH} -F {folder / "config"} "$@"\n')
     program.chmod(0o755)
     return folder
 
@@ -173,6 +171,3 @@ def make_key(folder: Path) -> Path:
     key = folder / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     return key
-
-
-PYTHON = sys.executable
