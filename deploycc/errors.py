@@ -105,6 +105,10 @@ class MissingDependency(DeployError):
     """An optional package that is not installed."""
 
 
+class BuildError(DeployError):
+    """A program that a compiler refuses to build."""
+
+
 class StoreError(DeployError):
     """A folder that cannot be written, or a full disk."""
 
@@ -131,6 +135,10 @@ class ConnectionLost(DeviceError):
 
 class DeviceTimeout(DeviceError):
     """A device that did not answer in time."""
+
+
+class EmulationError(DeployError):
+    """An emulated device that does not start, or on which a program ends by a signal or in the wrong way."""
 
 
 class Interrupted(DeployError):

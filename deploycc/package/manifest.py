@@ -33,7 +33,7 @@ class _Record(BaseModel):
 
 
 class FileEntry(_Record):
-    """A file of the bundle. Roles: model, model-data, golden, transform, checkpoint, runner, report."""
+    """A file of the bundle. Roles: model, model-data, golden, transform, checkpoint, runner, report, sbom."""
 
     path: str
     role: str

@@ -18,11 +18,13 @@ from typing import Any
 
 from deploycc.core.store import file_digest
 from deploycc.errors import UsageError
-from deploycc.package import signing
+from deploycc.package import sbom, signing
 from deploycc.package.archive import deflated, format_of, write_archive, writing
 from deploycc.package.manifest import strip_measured
 from deploycc.package.runner import RUNNERS, Component, Runner, RunnerParts
+from deploycc.package.sbom import SBOM
 from deploycc.runtime.bundle import LoadedBundle, canonical, document_digest, listed, load
+from deploycc.runtime.machine import cpu_arch
 from deploycc.runtime.seal import MANIFEST, SIGNATURE
 from deploycc.runtime.unpack import opened
 
@@ -79,6 +81,7 @@ def pack(
     *,
     form: str | None = None,
     runners: Sequence[str] = ("python",),
+    arch: str | None = None,
     without: Sequence[str] = (),
     key: Path | None = None,
     limit: int | None = None,
@@ -90,15 +93,18 @@ def pack(
         out: the file; beside the bundle and named like it when None.
         form: "zip" or "tar.gz"; None: what the name says, else "zip".
         runners: names of runners that travel with it.
+        arch: the device's architecture; None: the target's, and this machine's where the target is for any.
         without: roles of files that stay behind, of LEAVABLE.
         key: PEM file of an Ed25519 private key that signs it.
         limit: the most bytes the file should have; the result says whether it keeps to it.
 
     Raises:
-        UsageError: an unknown format, runner or role; a name that contradicts the format; the package itself as its file; no such key.
+        UsageError: an unknown format, runner or role; an architecture that the bundle is not for; a name that contradicts the format;
+            the package itself as its file; no such key.
         BundleError: the bundle is damaged.
         StoreError: the file cannot be written.
         MissingDependency: what a runner or the signature needs is not installed.
+        UnsupportedError, BuildError: a runner is not for the bundle's runtime, or does not build.
     """
     if wrong := [role for role in without if role not in LEAVABLE]:
         raise UsageError(
@@ -117,7 +123,7 @@ def pack(
         if out.resolve() == bundle.resolve():
             raise UsageError(f"{out} is the package that is read", fix="give another file with -o")
         staged = Path(work)
-        manifest, added = _staged(loaded, staged, chosen, without)
+        manifest, added = _staged(loaded, staged, chosen, _device_arch(loaded, arch), without)
         signed, notes = signing.sign(staged, key) if key else (None, _unsigned(folder))
         parts = _parts(staged, manifest)
         with writing(out):
@@ -129,7 +135,7 @@ def pack(
 
 
 def _staged(
-    loaded: LoadedBundle, staged: Path, runners: Sequence[Runner], without: Sequence[str]
+    loaded: LoadedBundle, staged: Path, runners: Sequence[Runner], arch: str, without: Sequence[str]
 ) -> tuple[dict[str, Any], list[RunnerParts]]:
     """Put everything that travels into the folder `staged`, the manifest last."""
     own, measured = loaded.manifest["files"], loaded.manifest["measured"].get("files", [])
@@ -137,13 +143,26 @@ def _staged(
     files, others = ([entry for entry in entries if entry["role"] not in left] for entries in (own, measured))
     for entry in (*files, *others):
         _copy(loaded.folder / entry["path"], staged / entry["path"])
-    added = [runner.add(loaded, staged) for runner in runners]
+    added = [runner.add(loaded, staged, arch) for runner in runners]
     for name in dict.fromkeys(name for parts in added for name in parts.files):
         entry = _entry(staged, name, "runner")
         (files if entry in own else others).append(entry)
+    listing = {**loaded.manifest, "files": files, "measured": {**loaded.manifest["measured"], "files": others}}
+    (staged / SBOM).write_text(sbom.text(listing, added), encoding="utf-8")
+    others.append(_entry(staged, SBOM, "sbom"))
     manifest = _sealed(loaded, files, others)
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return manifest, added
+
+
+def _device_arch(bundle: LoadedBundle, asked: str | None) -> str:
+    target = bundle.manifest["target"]
+    own: str = target["arch"]
+    if asked and own not in ("any", asked):
+        raise UsageError(
+            f"--arch {asked}: the bundle is for {own} (target '{target['name']}')", fix=f"leave --arch out, or give --arch {own}"
+        )
+    return asked or (cpu_arch() if own == "any" else own)
 
 
 def _unsigned(folder: Path) -> tuple[str, ...]:

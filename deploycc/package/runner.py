@@ -49,12 +49,16 @@ class RunnerParts:
 
     Attributes:
         files: its files in the folder that is packed, as relative names with "/"; they get the role "runner".
-        needs: what must be on the device besides the bundle.
+        needs: what must be on the device besides the bundle, with what that needs in turn.
+        carries: what is in its files besides its own code: a runtime's libraries.
+        uses: names of those of `needs` and `carries` that the runner itself uses; empty: all of them.
         notes: what the user should know.
     """
 
     files: tuple[str, ...]
     needs: tuple[Component, ...] = ()
+    carries: tuple[Component, ...] = ()
+    uses: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -64,12 +68,15 @@ class Runner(Protocol):
 
     name: ClassVar[str]
 
-    def add(self, bundle: LoadedBundle, folder: Path) -> RunnerParts:
+    def add(self, bundle: LoadedBundle, folder: Path, arch: str) -> RunnerParts:
         """Put the runner's files into `folder`, which holds a copy of the bundle's listed files except those of other runners.
+
+        `arch` is the device's architecture, as the kernel calls it.
 
         Raises:
             UnsupportedError: it cannot run the runtime that this bundle is for.
             MissingDependency: what it is built with is not installed.
+            BuildError: the compiler refuses it.
         """
         ...
 

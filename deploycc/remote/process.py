@@ -83,9 +83,10 @@ def _wait(
     end = os.fstat(stdin.fileno()).st_size if stdin else 0
     pause = POLL_SECONDS
     while True:
+        ended = False
         try:
             process.wait(pause)
-            return
+            ended = True
         except subprocess.TimeoutExpired:
             pause = min(LONGEST_POLL, pause * 1.5)
         now = os.lseek(stdin.fileno(), 0, os.SEEK_CUR) if stdin else 0
@@ -93,6 +94,8 @@ def _wait(
             position, moved = now, time.monotonic()
             if sent:
                 sent(position)
+        if ended:
+            return
         limit = stall if stall is not None and position < end else timeout
         if time.monotonic() - moved > limit:
             raise DeviceTimeout(

@@ -28,6 +28,8 @@ from deploycc.remote.state import State
 from deploycc.remote.transport import Address
 from deploycc.remote.work import DeviceResult, Failure, save_path
 
+PUSHES = "exec 3<&0"  # in scripts.PUSH alone
+
 
 def home(address: str) -> Path:
     """The device's folder."""
@@ -75,7 +77,7 @@ def test_a_second_run_finds_what_was_kept_and_copies_nothing(quick_work, local, 
     assert (home(device) / "deploycc-device" / digest).stat().st_mode & 0o777 == 0o700
     local.commands.clear()
     assert run(quick_work(bench=False), device).exit_status == 0
-    assert not any("cat >>" in text for text in local.commands)
+    assert not any(PUSHES in text for text in local.commands)
     assert left(device) == []
 
 
@@ -91,7 +93,7 @@ def test_only_what_is_missing_or_wrong_is_copied_and_a_part_goes_on(quick_work, 
     (folder / "report.html.part").write_bytes(b"x" + report[1:50])  # as long as a beginning, but another
     local.commands.clear()
     assert run(quick_work(bench=False), device).exit_status == 0
-    pushed = [text for text in local.commands if "cat >>" in text]
+    pushed = [text for text in local.commands if PUSHES in text]
     assert [any(f" {name} " in text for text in pushed) for name in ("model.onnx", "golden.npz", "report.html", "manifest.json")] == [
         True,
         True,
@@ -227,7 +229,7 @@ def test_finished_devices_are_kept_while_another_fails_and_the_same_command_goes
     assert second.kept == {a}
     assert second.finished[0] == first.finished[0]
     assert not any(str(home(a)) in text for text in local.commands)
-    assert not any("cat >>" in text for text in local.commands)
+    assert not any(PUSHES in text for text in local.commands)
     assert left(b) == []
     third = run(quick_work(), a, b)  # all were through: nothing is remembered
     assert third.kept == frozenset()
@@ -350,7 +352,7 @@ def test_a_bundle_for_another_machine_is_refused_before_anything_is_copied(make_
     other = write(tmp_path / "flags", make_contents(target=needing)).folder
     found = failure(run(make_work(other), device))
     assert "needs a CPU with no_such_flag; the device's lacks no_such_flag" in found.error.what
-    assert not any("cat >>" in text for text in local.commands)
+    assert not any(PUSHES in text for text in local.commands)
     assert left(device) == []
 
 
@@ -362,7 +364,7 @@ def test_a_runtime_that_is_too_old_is_told_before_the_model_is_copied(make_work,
     assert isinstance(found.error, MismatchError)
     assert "the bundle needs onnxruntime>=99.0" in found.error.what
     assert "pip install" in found.error.fix
-    assert not any("model.onnx" in text for text in local.commands if "cat >>" in text)
+    assert not any("model.onnx" in text for text in local.commands if PUSHES in text)
     assert left(device) == []
 
 

@@ -22,7 +22,7 @@ namespace fs = std::filesystem;
 std::vector<std::string> unlisted_files(const std::string& folder, const std::vector<Entry>& entries) {
   std::set<std::string> known = loaded_files();
   const fs::path root = fs::canonical(folder);
-  known.insert((root / "manifest.json").string());
+  for (const char* const name : {"manifest.json", "manifest.sig"}) known.insert((root / name).string());
   for (const auto& entry : entries) known.insert((root / fs::path(entry.path)).lexically_normal().string());
   std::vector<std::string> found;
   std::error_code failed;

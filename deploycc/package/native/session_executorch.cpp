@@ -1,6 +1,7 @@
 // ExecuTorch with XNNPACK: a .pte program through its Module, in the runtime's thread pool.
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
+#include <executorch/runtime/platform/platform.h>
 
 #include <cstring>
 
@@ -48,11 +49,22 @@ ScalarType type_of(const std::string& name) {
   throw deploycc::Error("ExecuTorch takes no " + name, "compile the model for another runtime");
 }
 
+// ExecuTorch tells details only to its log: the last line is kept for the error, and none is printed.
+std::string& last_line() {
+  static std::string line;
+  return line;
+}
+
+void keep_line(et_timestamp_t, et_pal_log_level_t, const char*, const char*, size_t, const char* message, size_t length) {
+  last_line().assign(message, length);
+}
+
 [[noreturn]] void failed(const std::string& what, Error error) {
   const std::string hint = error == Error::OperatorMissing  ? "the program needs an operator that is not in the runner's libraries"
                            : error == Error::InvalidProgram ? "the file is no whole ExecuTorch program of this version"
                                                             : "build runner and bundle with the same version of ExecuTorch";
-  throw deploycc::Error(what + ": " + executorch::runtime::to_string(error), hint + ": run `deploycc package BUNDLE --runner cpp` again");
+  const std::string said = last_line().empty() ? executorch::runtime::to_string(error) : last_line();
+  throw deploycc::Error(what + ": " + said, hint + ": run `deploycc package BUNDLE --runner cpp` again");
 }
 
 // Row-major, whatever order the program keeps its axes in.
@@ -101,27 +113,37 @@ class ExecuTorchSession : public Session {
     }
     auto result = module_.forward(inputs);
     if (!result.ok()) failed(name_ + " does not run", result.error());
-    if (result->size() != signature_.outputs.size()) mismatch(format("gives %zu outputs", result->size()), signature_.outputs.size());
     Outputs outputs;
-    for (size_t i = 0; i < result->size(); ++i) {
-      if (!result->at(i).isTensor()) throw deploycc::Error(name_ + " gives something that is no tensor", "compile the model again");
+    for (size_t i = 0; i < signature_.outputs.size(); ++i) {
       outputs.emplace_back(signature_.outputs[i].name, copied(result->at(i).toTensor()));
     }
     return outputs;
   }
 
  private:
-  [[noreturn]] void mismatch(const std::string& what, size_t wanted) const {
-    throw deploycc::Error(name_ + " " + what + ", but its signature says " + std::to_string(wanted),
+  // Count, types and, where all axes are fixed, shapes of the program's inputs or outputs.
+  template <typename Meta>
+  void compare(const char* kind, const std::vector<TensorSpec>& specs, size_t count, Meta meta_of) const {
+    std::vector<std::string> found, wanted;
+    bool same = specs.size() == count;
+    for (size_t i = 0; i < count; ++i) {
+      const auto meta = meta_of(i);
+      if (!meta.ok()) throw deploycc::Error(format("%s %zu of %s is no tensor", kind, i, name_.c_str()), "compile the model again");
+      const std::vector<int64_t> shape(meta->sizes().begin(), meta->sizes().end());
+      found.push_back(name_of(meta->scalar_type()) + shape_text(shape));
+      same = same && specs[i].dtype == name_of(meta->scalar_type()) && specs[i].accepts(shape);
+    }
+    if (same) return;
+    for (const auto& spec : specs) wanted.push_back(spec.text());
+    throw deploycc::Error(name_ + " has the " + kind + "s " + join(found) + ", but its signature says " + join(wanted),
                           "build the bundle again: the model and the manifest do not belong together");
   }
 
   void check_program() {
     const auto meta = module_.method_meta("forward");
     if (!meta.ok()) failed(name_ + " has no method 'forward'", meta.error());
-    const size_t wanted = signature_.inputs.size();
-    if (meta->num_inputs() != wanted) mismatch(format("has %zu inputs", meta->num_inputs()), wanted);
-    if (meta->num_outputs() != signature_.outputs.size()) mismatch(format("has %zu outputs", meta->num_outputs()), signature_.outputs.size());
+    compare("input", signature_.inputs, meta->num_inputs(), [&](size_t i) { return meta->input_tensor_meta(i); });
+    compare("output", signature_.outputs, meta->num_outputs(), [&](size_t i) { return meta->output_tensor_meta(i); });
   }
 
   std::string name_;
@@ -136,6 +158,7 @@ const char* const session_name = "executorch";
 std::string runtime_version() { return DEPLOYCC_RUNTIME_VERSION; }
 
 std::unique_ptr<Session> open_session(const std::string& model, const Signature& signature, int threads) {
+  executorch::runtime::register_pal(executorch::runtime::PalImpl::create(keep_line, __FILE__));
   if (!et::threadpool::get_threadpool()->_unsafe_reset_threadpool(static_cast<uint32_t>(threads))) {
     throw deploycc::Error(format("ExecuTorch cannot use %d threads", threads), "give --threads a smaller number");
   }
