@@ -16,11 +16,11 @@ from pathlib import Path
 
 from deploycc.core.store import default_root
 from deploycc.errors import MissingDependency, StoreError
+from deploycc.package._wheels import scrubbed
 
 PACKAGES = ("python3", "libstdc++6", "libgomp1")
 TOOLS = ("apt-get", "dpkg-deb")
 TIMEOUT_SECONDS = 900
-ADDRESS = re.compile(r"\b(?:[a-z+]+)://\S+")  # of a mirror: nobody's business but this machine's
 RELEASE = Path("/etc/os-release")
 
 
@@ -56,11 +56,6 @@ def fetched() -> Path:
     except OSError as error:
         raise StoreError(f"cannot write {root}: {error.strerror or error}", fix="free some space, or set DEPLOYCC_CACHE") from error
     return root
-
-
-def scrubbed(text: str) -> str:
-    """What a tool said, without addresses of mirrors and registries."""
-    return ADDRESS.sub("…", text)
 
 
 def _release() -> str:

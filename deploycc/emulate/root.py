@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deploycc.core.store import default_root
@@ -31,7 +31,7 @@ def missing() -> str | None:
     return None if _found() else f"there is no {PROGRAMS[0]} ({INSTALL})"
 
 
-def prefix(core: str, environment: Mapping[str, str] | None = None) -> list[str]:
+def prefix(core: str, environment: Mapping[str, str] | None = None, options: Sequence[str] = ()) -> list[str]:
     """What goes before a command so that it runs on the emulated core: `[*prefix("cortex-a53"), python(), "script.py"]`.
 
     The command is an arm64 program by its absolute path (such as `python()`); it sees this machine's files. It cannot start another arm64
@@ -40,6 +40,7 @@ def prefix(core: str, environment: Mapping[str, str] | None = None) -> list[str]
     Args:
         core: a name of `cores.CORES`.
         environment: variables for the command besides this process's own.
+        options: further ones of qemu's own.
 
     Raises:
         UnknownName: no such core.
@@ -52,7 +53,7 @@ def prefix(core: str, environment: Mapping[str, str] | None = None) -> list[str]
     qemu = program()
     cores.check_known(chosen, known(qemu), version(qemu))
     variables = [part for key, value in {**ENVIRONMENT, **(environment or {})}.items() for part in ("-E", f"{key}={value}")]
-    return [qemu, "-cpu", chosen.name, "-L", str(_overlay(chosen, qemu)), *variables]
+    return [qemu, *options, "-cpu", chosen.name, "-L", str(_overlay(chosen, qemu)), *variables]
 
 
 def python() -> str:
