@@ -1,12 +1,11 @@
 """What runs on a device, for any POSIX shell (dash, bash, busybox, toybox with mksh), with arguments instead of text put together.
 
 A bundle lies in BASE/NAME, NAME = 32 hex digits of its digest. While a run uses it there is BASE/NAME.lock, with the process and the boot
-of its guard; the guard lives as long as its standard input, which is the connection, and hears from the run every BEAT_SECONDS. A lock
-is stale when its guard is gone, the device was started again, or nothing was heard for SILENT_SECONDS: the next run ends what is left of it
-and takes its place. Folders without a lock that `--keep` does not hold are leftovers, and go too. A process is only ended when its working
-folder is ours, so a number that the kernel gave to another is left alone.
-
-No backslash stands before a backslash or a quote: fish, as a login shell, reads those.
+of its guard; the guard lives as long as its standard input, which is the connection, and hears from the run every BEAT_SECONDS. A lock is
+stale when its guard is gone, the device was started again, or nothing was heard for SILENT_SECONDS: the next run ends what is left of it
+and takes its place. A guard that hears nothing for so long ends what it guards by itself. Folders without a lock that `--keep` does not
+hold are leftovers, and go too. A process is only ended when its working folder is ours, so a number that the kernel gave to another is
+left alone.
 """
 
 from __future__ import annotations
@@ -84,10 +83,24 @@ sign() {{ echo "$3" >"$lock/owner" && echo "$boot" >"$lock/boot" && echo $$ >"$l
   rm -rf "$lock"
   exit {WRITING_FAILED}
 }}
+watch() {{
+  trap 'kill "$nap"; exit' TERM
+  while :; do
+    sleep {SILENT_SECONDS} &
+    nap=$!
+    wait "$nap"
+    [ "$(cat "$lock/pid" 2>/dev/null)" = $$ ] || exit
+    beat=$(cat "$lock/beat")
+    if [ $(($(now) - ${{beat:-0}})) -gt {SILENT_SECONDS} ]; then end_job "$lock"; rm -rf "$lock"; kill $$; exit; fi
+  done
+}}
+watch </dev/null >/dev/null 2>&1 &
+watcher=$!
 echo ready
 echo "$base"
 df -Pk . | tail -n 1
 while read -r word; do now >"$lock/beat"; done
+kill "$watcher"
 end_job "$lock"
 rm -rf "$lock"
 cd / && rmdir "$base" 2>/dev/null

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
-import shlex
 import subprocess
 import tempfile
 import threading
@@ -28,6 +28,7 @@ from deploycc.remote.process import Ran
 
 STALL_SECONDS = 60.0
 QUICK_SECONDS = 60.0
+PLAIN = re.compile(r"[A-Za-z0-9_./:-]+")
 AGAIN = "run the same command again: it goes on from what is copied and from the devices that are finished"
 
 
@@ -164,7 +165,14 @@ def plain_folder(text: str, folder: str | None) -> str | None:
 
 def shell_text(script: str, arguments: tuple[str, ...]) -> str:
     """A text for any login shell that runs `script` in sh with `arguments`, whatever they hold."""
-    return "exec sh -c " + " ".join(shlex.quote(part) for part in (script, "deploycc", *arguments))
+    return "exec sh -c " + " ".join(map(quoted, (script, "deploycc", *arguments)))
+
+
+def quoted(word: str) -> str:
+    """A word for any shell: fish reads a backslash inside quotes, so backslashes and quotes stand outside of them."""
+    if PLAIN.fullmatch(word):
+        return word
+    return "'" + re.sub(r"[\\']", lambda found: f"'\\{found[0]}'", word) + "'"
 
 
 def said(ran: Ran) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
+
+import psutil
 
 from deploycc.core.contract import Availability
 from deploycc.core.store import file_digest
@@ -39,6 +42,16 @@ def with_program(folder: Path, text: str) -> Path:
     manifest["measured"]["digest"] = document_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def running(below: Path) -> dict[int, list[str]]:
+    """Command lines, by number, of the processes that run in a folder or below it."""
+    found: dict[int, list[str]] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()).is_relative_to(below):
+                found[process.pid] = process.cmdline()
+    return found
 
 
 @dataclass

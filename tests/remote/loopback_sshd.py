@@ -6,9 +6,11 @@ place of the user's.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from local_device import running
 
 SSH = shutil.which("ssh")
 SSHD = shutil.which("sshd") or next((path for path in ("/usr/sbin/sshd", "/usr/local/sbin/sshd") if os.access(path, os.X_OK)), None)
@@ -96,14 +99,15 @@ class Server:
         self._process.wait()
         self._process = None
 
-    def running(self) -> list[psutil.Process]:
-        """What runs on the device in the bundle's folders."""
-        found = []
-        for process in psutil.process_iter(["cwd"]):
-            cwd = process.info["cwd"] or ""
-            if cwd.startswith(str(self.home / ".cache")):
-                found.append(process)
-        return found
+    def running(self) -> dict[int, list[str]]:
+        """Command lines, by number, of what runs on the device in the bundle's folders."""
+        return running(self.home / ".cache")
+
+    def kill_all(self) -> None:
+        """The power fails."""
+        for number in self.running():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
 
     def left(self) -> list[str]:
         """Files and folders on the device."""

@@ -14,9 +14,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
-from local_device import with_program
+from local_device import running, with_program
 
 from deploycc.bench import result
 from deploycc.errors import BenchError, ConnectionLost, DeviceError, DeviceTimeout, Interrupted, MismatchError, StoreError
@@ -25,7 +24,7 @@ from deploycc.remote import answers, scripts
 from deploycc.remote import device as devices
 from deploycc.remote.process import Ran
 from deploycc.remote.state import State
-from deploycc.remote.transport import Address
+from deploycc.remote.transport import Address, shell_text
 from deploycc.remote.work import DeviceResult, Failure, save_path
 
 PUSHES = "exec 3<&0"  # in scripts.PUSH alone
@@ -93,7 +92,7 @@ def test_only_what_is_missing_or_wrong_is_copied_and_a_part_goes_on(quick_work, 
     (folder / "report.html.part").write_bytes(b"x" + report[1:50])  # as long as a beginning, but another
     local.commands.clear()
     assert run(quick_work(bench=False), device).exit_status == 0
-    pushed = [text for text in local.commands if PUSHES in text]
+    pushed = [text.replace("'", "") for text in local.commands if PUSHES in text]
     assert [any(f" {name} " in text for text in pushed) for name in ("model.onnx", "golden.npz", "report.html", "manifest.json")] == [
         True,
         True,
@@ -113,6 +112,47 @@ def test_leftovers_of_other_bundles_go_and_nothing_else_does(quick_work, local, 
     (base / ("c" * 32 + ".lock")).mkdir()  # of a run that is gone
     run(quick_work(bench=False), device)
     assert sorted(path.name for path in base.iterdir()) == sorted(["photos", "A" * 32, "abc", "b" * 32, "b" * 32 + ".keep"])
+
+
+def tools_of(shell: str, folder: Path) -> str:
+    """PATH of a device whose sh is that one; busybox brings its other tools too."""
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"there is no {shell} here")
+    folder.mkdir()
+    applets = ["sh", "cat", "mkdir", "rm", "rmdir", "mv", "chmod", "sleep", "readlink", "dirname", "wc", "sha256sum", "df", "tail", "date", "uname", "tr", "nproc"]
+    for name in applets if shell == "busybox" else ("sh",):
+        (folder / name).symlink_to(program)
+    return str(folder) if shell == "busybox" else f"{folder}:/usr/bin:/bin"
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash", "busybox", "mksh", "zsh"])
+def test_every_shell_of_a_device_does(quick_work, local, device, run, tmp_path, shell):
+    local.prefix = f"export PATH='{tools_of(shell, tmp_path / 'tools')}'"
+    digest = quick_work().digest
+    base = home(device) / "deploycc-device"
+    (base / f"{digest}.lock").mkdir(parents=True)  # of a run that is gone
+    assert run(quick_work(keep=True), device).exit_status == 0
+    (base / digest / "model.onnx").rename(base / digest / "model.onnx.part")
+    local.breaks["a"] = "bench --json"
+    assert failure(run(quick_work(), device)).step == "bench"
+    local.breaks.clear()
+    local.commands.clear()
+    found = run(quick_work(), device)
+    assert found.exit_status == 0, found.failures[0].what
+    assert not any(PUSHES in text for text in local.commands)
+    assert left(device) == []
+
+
+@pytest.mark.parametrize("login", ["fish", "zsh", "bash", "dash"])
+def test_every_login_shell_hands_the_words_on(local, device, login):
+    program = shutil.which(login)
+    if program is None:
+        pytest.skip(f"there is no {login} here")
+    odd = ["a b", "$(touch x)", "it's", '"', "", "-n", "*", "line\nline", "x\\", "ü"]
+    text = shell_text('printf "%s|" "$@"', tuple(odd))
+    done = subprocess.run([program, "-c", text], capture_output=True, text=True, check=False, timeout=30)
+    assert done.stdout == "".join(f"{item}|" for item in odd)
 
 
 def hold(device: str, digest: str, owner: str = "somebody, process 1") -> subprocess.Popen[str]:
@@ -201,6 +241,29 @@ def test_a_guard_ends_the_job_when_the_connection_ends(quick_work, device):
     assert job.wait(10) == 128 + signal.SIGTERM
     assert (base / digest).is_dir()  # the next run goes on from it
     assert not (base / f"{digest}.lock").exists()
+
+
+def test_a_guard_that_hears_nothing_ends_the_job_and_itself(quick_work, device):
+    digest = quick_work().digest
+    hasty = scripts.GUARD.replace(f" {scripts.SILENT_SECONDS}", " 3")
+    base = home(device) / "deploycc-device"
+    guard = subprocess.Popen(["sh", "-c", hasty, "x", str(base), digest, "me"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    for _ in range(500):
+        if (base / digest).is_dir():
+            break
+        time.sleep(0.02)
+    job = subprocess.Popen(["sh", "-c", scripts.JOB, "x", str(base / digest), "sleep", "60"])
+    for _ in range(14):  # as long as it hears something, it stays
+        time.sleep(0.4)
+        guard.stdin.write(b"\n")
+        guard.stdin.flush()
+    assert guard.poll() is None
+    assert job.poll() is None
+    assert job.wait(20) == 128 + signal.SIGTERM
+    assert guard.wait(20) == -signal.SIGTERM
+    guard.stdin.close()
+    assert not (base / f"{digest}.lock").exists()
+    assert running(home(device)) == {}
 
 
 def test_finished_devices_are_kept_while_another_fails_and_the_same_command_goes_on(quick_work, local, tmp_path, run):
@@ -417,10 +480,6 @@ def test_what_arrives_damaged_is_told(quick_work, local, device, run, tmp_path):
     assert left(device) == []
 
 
-def jobs_of(device: str) -> list[psutil.Process]:
-    return [process for process in psutil.process_iter(["cwd"]) if (process.info["cwd"] or "").startswith(str(home(device)))]
-
-
 def test_a_step_over_its_time_is_ended_on_the_device_and_cleaned(make_work, local, device, run, tmp_path):
     with_python(local, tmp_path, 'case $* in *bench*) exec sleep 60 ;; esac; exec "$real" "$@"')
     begin = time.monotonic()
@@ -430,7 +489,7 @@ def test_a_step_over_its_time_is_ended_on_the_device_and_cleaned(make_work, loca
     assert found.what == f"{device}, bench: no answer within 3 s"
     assert "--timeout" in found.error.fix
     assert left(device) == []
-    assert jobs_of(device) == []
+    assert running(home(device)) == {}
 
 
 def test_what_cannot_be_removed_is_told(quick_work, local, device, run):
@@ -467,7 +526,7 @@ def test_ctrl_c_ends_what_runs_on_the_device_and_cleans_it(make_work, local, dev
 
     def press():
         for _ in range(2000):
-            if any(process.name() == "sleep" for process in jobs_of(device)):
+            if ["sleep", "60"] in running(home(device)).values():
                 os.kill(os.getpid(), signal.SIGINT)
                 return
             time.sleep(0.02)
@@ -482,7 +541,7 @@ def test_ctrl_c_ends_what_runs_on_the_device_and_cleans_it(make_work, local, dev
     assert caught.value.exit_status == 130
     assert "the devices were cleaned up" in caught.value.what
     assert left(device) == []
-    assert jobs_of(device) == []
+    assert running(home(device)) == {}
 
 
 def test_one_that_waits_for_its_turn_can_be_stopped():

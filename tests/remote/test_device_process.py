@@ -112,8 +112,9 @@ def test_a_holder_ends_with_its_input_and_beats_until_then(tmp_path, monkeypatch
 
 
 def test_a_holder_that_ends_or_says_nothing_or_is_stopped():
-    lines, ended = Holder(Shell(), "echo one; echo bad >&2; exit 4", ()).lines(2)
-    assert (lines, ended) == (["one"], Ran(4, "one", "bad\n"))
+    short = Holder(Shell(), "echo one; echo bad >&2; exit 4", ())
+    assert short.lines(2) == (["one"], Ran(4, "one", "bad\n"))
+    short.release()
     silent = Holder(Shell(), "sleep 30", ())
     with pytest.raises(DeviceTimeout, match="no answer within"):
         silent.lines(1, timeout=0.2)

@@ -15,7 +15,6 @@ from deploycc.bench import result
 from deploycc.errors import ConnectionLost, DeviceError, DeviceTimeout, Interrupted
 from deploycc.remote import fleet
 from deploycc.remote.links import ssh
-from deploycc.remote.transport import Address
 from deploycc.remote.work import DeviceResult, Failure
 
 pytestmark = needs_sshd
@@ -38,8 +37,7 @@ def make_server(tmp_path, monkeypatch, python_folder):
     yield make
     for server in made:
         server.stop()
-        for process in server.running():
-            process.kill()
+        server.kill_all()
 
 
 @pytest.fixture
@@ -81,6 +79,11 @@ def in_background(work, devices, root, **options):
     return wait
 
 
+def benching(server) -> bool:
+    """Whether the bench of `slow_work` has begun."""
+    return ["sleep", "100"] in server.running().values()
+
+
 def in_cache(server) -> list[str]:
     """What this project left on the device (ONNX Runtime keeps a folder of its own there)."""
     return [name for name in server.left() if "deploycc" in name]
@@ -94,7 +97,7 @@ def test_a_bundle_is_checked_and_measured_behind_ssh_and_nothing_stays(make_serv
     assert item.selftest["samples"] == 3
     assert result.load(tmp_path / "out.json") == item.bench
     assert in_cache(server) == []
-    assert server.running() == []
+    assert server.running() == {}
 
 
 def test_a_network_that_dies_in_the_middle_of_a_bench(make_server, quick_work, slow_work, tmp_path):
@@ -103,7 +106,7 @@ def test_a_network_that_dies_in_the_middle_of_a_bench(make_server, quick_work, s
     devices = [fine.address, dying.address]
     copied: list[str] = []
     wait = in_background(slow_work, [dying.address], tmp_path / "cache")
-    assert soon(lambda: any(process.name() == "sleep" for process in dying.running()))
+    assert soon(lambda: benching(dying))
     begin = time.monotonic()
     dying.stop()
     found = wait()
@@ -114,7 +117,7 @@ def test_a_network_that_dies_in_the_middle_of_a_bench(make_server, quick_work, s
     assert broken.step == "bench"
     assert "the connection ended: " in broken.error.what
     assert "run the same command again" in broken.error.fix
-    assert soon(lambda: dying.running() == [])  # the guard ended the job, and itself
+    assert soon(lambda: dying.running() == {})  # the guard ended the job, and itself
     assert not any(name.endswith(".lock") for name in dying.left())
     assert any(name.endswith("model.onnx") for name in dying.left())
     dead = fleet.run(quick_work(), devices, root=tmp_path / "cache")
@@ -141,20 +144,21 @@ def test_a_network_that_goes_silent(make_server, quick_work, slow_work, tmp_path
     monkeypatch.setitem(ssh.OPTIONS, "ServerAliveInterval", "1")
     try:
         wait = in_background(slow_work, [server.address.replace(str(server.port), str(wire.port))], tmp_path / "cache")
-        assert soon(lambda: any(process.name() == "sleep" for process in server.running()))
+        assert soon(lambda: benching(server))
         begin = time.monotonic()
         wire.cut()
         found = wait()
         assert time.monotonic() - begin < 12
         assert isinstance(found.failures[0].error, ConnectionLost)
         assert found.failures[0].step == "bench"
-        assert server.running() != []  # the device knows nothing of it
+        assert "not responding" in found.failures[0].error.what
+        assert server.running() != {}  # the device knows nothing of it
         (lock,) = server.home.rglob("*.lock")
         held = fleet.run(slow_work, [server.address], root=tmp_path / "cache")
         assert "another run uses the bundle there" in held.failures[0].error.what
         (lock / "beat").write_text("0\n")  # 20 seconds later
         assert fleet.run(quick_work(bench=False), [server.address], root=tmp_path / "cache").exit_status == 0
-        assert soon(lambda: server.running() == [])
+        assert soon(lambda: server.running() == {})
         assert in_cache(server) == []
     finally:
         wire.close()
@@ -167,8 +171,7 @@ def test_a_device_that_is_started_again_between_selftest_and_bench(make_server, 
         if note == "bench" and not rebooted:
             rebooted.append(True)
             server.stop()
-            for process in server.running():
-                process.kill()
+            server.kill_all()
             for lock in server.home.rglob("*.lock"):
                 (lock / "boot").write_text("before\n")
             server.start()
@@ -293,7 +296,6 @@ def test_odd_words_reach_the_device_as_they_are(make_server):
         assert (ran.status, ran.out) == (5, "".join(f"{item}|" for item in odd))
     finally:
         transport.close()
-    assert isinstance(Address("x", "x"), Address)
 
 
 def test_the_socket_of_a_long_temporary_folder_is_put_elsewhere(make_server, monkeypatch, tmp_path):

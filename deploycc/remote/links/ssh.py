@@ -2,7 +2,7 @@
 
 HOST may be a name of ~/.ssh/config, an address, or [IPv6]. One connection carries everything (ControlMaster). Nothing is asked: a device
 that wants a password, or whose key is not known yet, is an error that says what to do once by hand. A network that goes silent is noticed
-after 15 seconds (ServerAliveInterval 5, three times). FOLDER is where on the device to work: a disk with more space, say.
+after 20 seconds (ServerAliveInterval 5, three unanswered). FOLDER is where on the device to work: a disk with more space, say.
 
 Names may hold letters, digits, dots, dashes and underscores, and no dash in front, so none is read as an option or by a shell.
 Source: ssh(1), ssh_config(5) of OpenSSH 9.
@@ -45,7 +45,6 @@ OPTIONS = {
     "PermitLocalCommand": "no",
     "RemoteCommand": "none",
     "RequestTTY": "no",
-    "LogLevel": "ERROR",
 }
 # What ssh says → what to do; the first that is found.
 FIXES = (
@@ -115,7 +114,7 @@ class SshTransport(Transport):
         self._said = (self._folder / "said").open("w+b")
         # `cat` ends with its input, which is this process: a master is never left behind
         self._master = subprocess.Popen(
-            [*self._ssh("ControlMaster=yes"), "exec cat >/dev/null"],
+            [*self._ssh("ControlMaster=yes", "LogLevel=INFO"), "exec cat >/dev/null"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._said,
@@ -163,7 +162,7 @@ class SshTransport(Transport):
 
     def command(self, text: str) -> list[str]:
         """A client of the master; without one it ends, rather than connect anew: what it would find may have been started again."""
-        return [*self._ssh("ControlMaster=no", "ProxyCommand=false"), text]
+        return [*self._ssh("ControlMaster=no", "LogLevel=ERROR", "ProxyCommand=false"), text]
 
     def trouble(self, ran: Ran) -> str | None:
         """The master's end; a client learns of it a little earlier."""
