@@ -246,7 +246,10 @@ OTHER = "aarch64" if cpu_arch() == "x86_64" else "x86_64"
             "the bundle asks for the runtime 'onnxruntime' on cpu; this runner was built with fake for the CPU",
         ),
         (runtime(provider="cuda"), "the bundle asks for the runtime 'fake' on cuda"),
-        (runtime(below="1.5"), "the bundle needs fakeruntime>=1.4,<1.5 (newer versions were not checked), this runner has fakeruntime 1.5.0"),
+        (
+            runtime(below="1.5"),
+            "the bundle needs fakeruntime>=1.4,<1.5 (newer versions were not checked), this runner has fakeruntime 1.5.0",
+        ),
         (runtime(below="1.4.9", reason="it crashes"), "<1.4.9 (it crashes), this runner has"),
         (runtime(minimum="1.5.1"), "the bundle needs fakeruntime>=1.5.1, this runner has fakeruntime 1.5.0"),
     ],
