@@ -65,7 +65,7 @@ def _unpacked(package: bytes) -> bytes:
     for name, content in _members(package):
         if name.startswith("data.tar"):
             with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-                if file := archive.extractfile(INSIDE):
+                if INSIDE in archive.getnames() and (file := archive.extractfile(INSIDE)):
                     return file.read()
     raise MissingDependency(f"{URL} holds no {INSIDE}", fix=f"put {HEADER} of ONNX Runtime 1.21 into the cache by hand")
 

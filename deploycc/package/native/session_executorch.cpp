@@ -95,7 +95,8 @@ class ExecuTorchSession : public Session {
  public:
   ExecuTorchSession(const std::string& model, const Signature& signature)
       : name_(model.substr(model.rfind('/') + 1)), signature_(signature), module_(model, et::Module::LoadMode::Mmap) {
-    const Error loaded = module_.load_forward();
+    Error loaded = module_.load(executorch::runtime::Program::Verification::InternalConsistency);
+    if (loaded == Error::Ok) loaded = module_.load_forward();
     if (loaded != Error::Ok) failed("ExecuTorch " + runtime_version() + " cannot load " + name_, loaded);
     check_program();
   }
