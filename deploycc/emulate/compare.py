@@ -67,9 +67,9 @@ def _distance(name: str, wanted: Sequence[np.ndarray], found: Sequence[np.ndarra
         return Distance(name, float("inf"), None, None, 1.0)
     a, b = (np.concatenate([array.ravel() for array in arrays]) for arrays in (wanted, found))
     differing = float(np.mean(~((a == b) | ((a != a) & (b != b))))) if len(a) else 0.0
-    gaps = np.abs(a.astype(np.float64) - b.astype(np.float64))
-    finite = np.isfinite(a.astype(np.float64)) & np.isfinite(b.astype(np.float64))
-    broken = not np.array_equal(a[~finite], b[~finite], equal_nan=a.dtype.kind == "f")
-    largest = float("inf") if broken else float(np.max(gaps[finite], initial=0.0))
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    finite = np.isfinite(x) & np.isfinite(y)
+    same = np.array_equal(x[~finite], y[~finite], equal_nan=True)
+    largest = float(np.max(np.abs(x[finite] - y[finite]), initial=0.0)) if same else float("inf")
     lsb = grid(np.concatenate([a, b])) if a.dtype.kind == "f" else 1.0
     return Distance(name, largest, lsb, None if lsb is None else largest / lsb, differing)

@@ -29,7 +29,7 @@ def programs(bundle: LoadedBundle, work: Path, wheels: Mapping[str, str], notes:
         selftest=(python, "-s", str(runner.resolve())),
         probe=(python, "-s", str(PROBE), str(runner.resolve())),
         runtime=", ".join([*shown, f"Python {version}"]),
-        environment={"PYTHONPATH": os.pathsep.join(map(str, folders))},
+        environment={"PYTHONPATH": os.pathsep.join(map(str, folders)), "PYTHONHASHSEED": "0"},
         notes=notes,
     )
 
