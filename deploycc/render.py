@@ -87,8 +87,10 @@ def count(value: int | None) -> str:
     return str(value)
 
 
-def milliseconds(value: float) -> str:
+def milliseconds(value: float | None) -> str:
     """Three significant digits."""
+    if value is None:
+        return DASH
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
@@ -145,7 +147,7 @@ def candidates_table(result: Compiled) -> Table:
             marked,
             size(row["bytes"]) if row["bytes"] is not None else DASH,
             interval(row["p50_ms"]),
-            milliseconds(row["p99_ms"]) if row["p99_ms"] is not None else DASH,
+            milliseconds(row["p99_ms"]),
             f"{ratio[0]:.2f}× [{ratio[1]:.2f}, {ratio[2]:.2f}]" if ratio else DASH,
             f"{row['metric']} {row['value']:.4g}" if row["value"] is not None else DASH,
             percent(row["agreement"]),
