@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from deploycc.bench import allocators
+from deploycc.bench import process
 from deploycc.runtime import cuda
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
 
@@ -24,6 +24,7 @@ LIBRARIES = ("numpy", "torch", "torchvision", "onnx", "onnx-ir", "onnxruntime", 
 SMT = Path("/sys/devices/system/cpu/smt/active")
 NO_TURBO = Path("/sys/devices/system/cpu/intel_pstate/no_turbo")
 BOOST = Path("/sys/devices/system/cpu/cpufreq/boost")
+ENVIRON = Path("/proc/self/environ")
 MEMINFO = Path("/proc/meminfo")
 MEMORY_MAX = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -119,11 +120,11 @@ def capture(threads: int) -> Environment:
         gpu=f"{found.name}, driver {found.driver}" if (found := cuda.gpu()) else None,
         flags=tuple(sorted(flags)),
         affinity=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else None,
-        allocator=allocators.current(),
+        allocator=process.allocator(),
         smt={"1": True, "0": False}.get(_text(SMT) or ""),
         turbo=_turbo(),
         memory_mb=_memory_mb(),
-        variables={name: value for name, value in sorted(os.environ.items()) if DECIDING.match(name) and not CACHED.search(name)},
+        variables=_variables(),
     )
 
 
@@ -167,6 +168,16 @@ def _cpu_limit(path: Path) -> float | None:
     except ValueError:
         return None
     return quota / period if quota > 0 and period > 0 else None  # version 1 says -1 for none
+
+
+def _variables() -> dict[str, str]:
+    """Those this process was started with (libraries set some of their own for their children), where the kernel shows them."""
+    try:
+        pairs = [item.partition("=") for item in os.fsdecode(ENVIRON.read_bytes()).split("\0")]
+        present = {name: value for name, _, value in pairs}
+    except OSError:
+        present = dict(os.environ)
+    return {name: value for name, value in sorted(present.items()) if DECIDING.match(name) and not CACHED.search(name)}
 
 
 def _turbo() -> bool | None:

@@ -115,9 +115,9 @@ def measure(
         entries = [entry for item in candidates for entry in _entries(item, scenario, by_loadgen, colds, stack)]
         watch = Watch()
 
-        def watched(what: str, done: int, total: int | None) -> None:
+        def watched(what: str, done: int, total: int | None, note: str = "") -> None:
             watch.look()
-            progress(what, done, total)
+            progress(what, done, total, note)
 
         if scenario.kind == "server" or by_loadgen:
             samples, arrivals = _queried(entries, scenario, stop, seed, watched, by_loadgen=by_loadgen, meter=meter)

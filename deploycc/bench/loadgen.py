@@ -89,7 +89,7 @@ class LoadGen:
         settings.scenario = getattr(library.TestScenario, SCENARIOS[kind])
         settings.mode = library.TestMode.PerformanceOnly
         settings.min_duration_ms = 0
-        settings.min_query_count = settings.max_query_count = 1 if kind == "offline" else count
+        settings.min_query_count = settings.max_query_count = count
         settings.qsl_rng_seed = settings.sample_index_rng_seed = settings.schedule_rng_seed = self.seed + first
         if kind == "multi-stream":
             settings.multi_stream_samples_per_query = crew.size
@@ -106,7 +106,7 @@ class LoadGen:
         log.log_output, log.enable_trace = output, True
         crew.finished = finished
         system = library.ConstructSUT(issue, lambda: None)
-        source = library.ConstructQSL(samples, samples, lambda wanted: None, lambda wanted: None)
+        source = library.ConstructQSL(samples, samples, _nothing, _nothing)
         try:
             library.StartTestWithLogSettings(system, source, settings, log)
         finally:
@@ -115,6 +115,10 @@ class LoadGen:
             library.DestroySUT(system)
         if kind == "server":
             crew.wait(count)
+
+
+def _nothing(samples: list[int]) -> None:
+    """All samples are in memory already."""
 
 
 def _latencies(trace: Path) -> np.ndarray:

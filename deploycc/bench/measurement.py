@@ -187,6 +187,11 @@ class Measurement(Record):
         """Medians of the stages."""
         return {name: float(np.median(self.stages[name])) / 1e6 for name in STAGES if name in self.stages}
 
+    @property
+    def end_to_end_ms(self) -> float | None:
+        """Median of all stages together; None where pictures were not given."""
+        return float(np.median(np.sum([self.stages[name] for name in STAGES], axis=0))) / 1e6 if self.stages else None
+
     def warnings(self) -> tuple[str, ...]:
         """Why these times are not to be trusted."""
         return instability(self.samples, self.summary)

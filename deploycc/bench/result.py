@@ -7,7 +7,7 @@ and "slower" are only said at a level of 95 %, for all candidates of a run toget
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -96,9 +96,10 @@ class BenchResult(Record):
     @classmethod
     def _of_version_1(cls, value: Any) -> Any:
         """Version 1 knew one scenario and did not watch the kernel: what is new has its default."""
-        if isinstance(value, dict) and value.get("schema_version") == 1:  # pyright: ignore[reportUnknownMemberType]
-            return {**value, "schema_version": VERSION}
-        return value  # pyright: ignore[reportUnknownVariableType]
+        document = cast(dict[str, Any], value) if isinstance(value, dict) else {}
+        if document.get("schema_version") == 1:
+            return {**document, "schema_version": VERSION}
+        return cast(Any, value)
 
     def get(self, name: str) -> Measurement:
         """The candidate `name`; raises BenchError."""
@@ -134,8 +135,16 @@ class BenchResult(Record):
     def warnings(self) -> tuple[str, ...]:
         """Why these times are not to be trusted: the machine's reasons first."""
         seen = self.observed.warnings() if self.observed else ()
+        alike = (f"{item.name}: {text}" for item in self.measurements if (text := self._unlike(item)))
         each = (f"{measurement.name}: {text}" for measurement in self.measurements for text in measurement.warnings())
-        return (*self.environment.warnings(), *seen, *each)
+        return (*self.environment.warnings(), *seen, *alike, *each)
+
+    def _unlike(self, item: Measurement) -> str:
+        """That it did another amount of work than what it is compared with, in words."""
+        base = self.base_of(item.name)
+        if base is None or (other := self.get(base)).batch == item.batch:
+            return ""
+        return f"a call holds {item.batch} samples and one of {base} {other.batch}: the ratio is of unlike work (--batch makes them alike)"
 
     def save(self, path: Path) -> None:
         """Write as JSON. Raises StoreError."""

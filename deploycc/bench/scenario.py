@@ -67,7 +67,7 @@ def scenario_of(
     percentile: float | None = None,
 ) -> Scenario:
     """The scenario `kind` with its defaults where nothing else is said. Raises UsageError for what does not go together."""
-    known = {name: name for name in KINDS}
+    known: dict[str, Kind] = {name: name for name in KINDS}
     if kind not in known:
         raise UsageError(f"there is no scenario '{kind}'", fix=f"use one of {', '.join(KINDS)}")
     if percentile is not None and kind != "server":
@@ -80,3 +80,22 @@ def scenario_of(
         latency_bound_ms=latency_bound_ms,
         percentile=percentile or PERCENTILE,
     )
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """The sizes in "1,4,16". Raises UsageError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--batch is '{text}'", fix="write sizes such as 8, or 1,4,16 with --scenario offline")
+    return tuple(map(int, parts))
+
+
+def parse_share(option: str, text: str) -> float:
+    """The text "5%" or "0.05" as 0.05. Raises UsageError for what is not over 0 and under 1."""
+    try:
+        value = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise UsageError(f"{option} is '{text}'", fix="write a share over 0 and under 1 such as 5%, or 0.05")
+    return value

@@ -12,7 +12,7 @@ import numpy as np
 from deploycc.bench.measurement import STAGES, Stage
 from deploycc.core.artifact import Feeds, Outputs
 from deploycc.core.contract import Session
-from deploycc.runtime.measure import Stop, Warm, interleave
+from deploycc.runtime.measure import Block, Stop, Warm, interleave
 
 PER_ROUND = 4
 
@@ -38,14 +38,18 @@ def time_stages(
     """Nanoseconds of every stage, query by query, by candidate; rounds are interleaved. Raises what the sessions and pictures raise."""
     rows: dict[str, list[tuple[int, int, int]]] = {name: [] for name in candidates}
 
-    def block(name: str, first: int, count: int) -> np.ndarray:
+    def block_of(name: str) -> Block:
         session, pictures = candidates[name]
-        _query(session, pictures, first)
-        found = [_query(session, pictures, first + index) for index in range(count)]
-        rows[name] += found
-        return np.asarray(found, np.int64).sum(axis=1)
 
-    blocks = {name: (lambda first, count, name=name: block(name, first, count)) for name in candidates}
+        def block(first: int, count: int) -> np.ndarray:
+            _query(session, pictures, first)
+            found = [_query(session, pictures, first + index) for index in range(count)]
+            rows[name] += found
+            return np.asarray(found, np.int64).sum(axis=1)
+
+        return block
+
+    blocks = {name: block_of(name) for name in candidates}
     warm = {name: Warm(1, 1, stable=True) for name in candidates}
     interleave(blocks, dict.fromkeys(candidates, PER_ROUND), warm, stop, seed=seed)
     return {name: dict(zip(STAGES, map(tuple, zip(*found, strict=True)), strict=True)) for name, found in rows.items()}
