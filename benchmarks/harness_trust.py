@@ -57,7 +57,7 @@ def compiled(folder: Path) -> Model:
 
     out = folder / "bundle"
     if not (out / "model.onnx").is_file():
-        passes = "fold-batchnorm, export-onnx, fold-constants"
+        passes = "fold-batchnorm, export-onnx"
         deploycc.compile(NET, target="onnxruntime-portable", passes=passes, random_weights=True, output=out)
     from deploycc.runtime import bundle as bundles
 
