@@ -3,8 +3,8 @@
     python benchmarks/harness_trust.py [--only aa,coverage] [--again] [--quick] [--peers-python VENV/bin/python …]
 
 Parts: aa, aa-busy, planted, coverage, overhead, memory, loadgen, peers. Each is written to results/<CPU>/harness_trust.json as it is
-finished, and left out the next time unless --again. --quick takes few and short runs: for trying the script, not for figures. Exit
-status 1 when a bar is not met.
+finished, and left out the next time unless --again. --quick takes few and short runs and writes to --work: for trying the
+script, not for figures. Exit status 1 when a bar is not met.
 
 Peers: OpenVINO's benchmark_app of this environment; Olive's latency metric and optimum-benchmark by the Pythons that have them
 (--peers-python, several times). onnxruntime_perf_test is in no package of PyPI or Debian.
@@ -68,9 +68,9 @@ def compiled(folder: Path) -> Model:
     return Model(loaded.model, loaded.signature, feeds)
 
 
-def run_parts(document: dict[str, Any], wanted: Sequence[str], options: argparse.Namespace, keep: Callable[[], None]) -> None:
+def run_parts(document: dict[str, Any], wanted: Sequence[str], options: argparse.Namespace, work: Path, keep: Callable[[], None]) -> None:
     """Every wanted part that is not there; `keep` after each."""
-    quick, work = options.quick, Path(options.work or tempfile.mkdtemp(prefix="deploycc-"))
+    quick = options.quick
     seconds, count, planted = (0.4, 6, 4) if quick else (1.5, 40, 20)
     model: Model | None = None
 
@@ -226,8 +226,10 @@ def main() -> int:
     wanted = options.only.split(",")
     if unknown := set(wanted) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
-    folder, name = results_folder(), f"{NAME}{'.quick' if options.quick else ''}"
-    path = folder / f"{name}.json"
+    work = Path(options.work or tempfile.mkdtemp(prefix="deploycc-"))
+    work.mkdir(parents=True, exist_ok=True)
+    folder = work if options.quick else results_folder()
+    path = folder / f"{NAME}.json"
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"seconds": {}}
     environment = capture(THREADS)
 
@@ -235,10 +237,10 @@ def main() -> int:
         document["environment"] = environment.model_dump(mode="json")
         command = f"python benchmarks/harness_trust.py{' --quick' if options.quick else ''}"
         text = f"`{command}`, {NET} in float, ONNX Runtime. {about(environment)}"
-        write(folder, name, document, markdown(document, text))
+        write(folder, NAME, document, markdown(document, text))
 
     try:
-        run_parts(document, wanted, options, keep)
+        run_parts(document, wanted, options, work, keep)
     except DeployError as error:
         sys.exit(f"error: {error}")
     keep()
