@@ -135,7 +135,8 @@ def verify(bundle: Path, key: Path | None = None) -> dict[str, Any]:
         return _verified(folder, key) | {"bundle": str(bundle)}
 
 
-def _verified(folder: Path, key: Path | None) -> dict[str, Any]:
+def sealed(folder: Path, key: Path | None) -> tuple[list[str], bundles.LoadedBundle]:
+    """What holds of a bundle wherever it lies: its signature, if `key` is given, and its hashes. Raises BundleError."""
     checks: list[str] = []
     if key is not None:  # before anything else is read
         checks.append(f"signed by the owner of {key} ({check_signature(folder, key)})")
@@ -143,6 +144,11 @@ def _verified(folder: Path, key: Path | None) -> dict[str, Any]:
         checks.append("signed, but by whom was not checked: give --key PUB.pem")
     loaded = bundles.load(folder)
     checks.append(f"{len(bundles.listed(loaded.manifest))} files have the hashes of the manifest")
+    return checks, loaded
+
+
+def _verified(folder: Path, key: Path | None) -> dict[str, Any]:
+    checks, loaded = sealed(folder, key)
     host.check_host(loaded.manifest)
     checks.append(f"this machine fits target '{loaded.manifest['target']['name']}'")
     if loaded.file("golden") is None:

@@ -10,6 +10,7 @@ import importlib
 import importlib.resources
 import json
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ INTEGERS = ("xnn_datatype_qint8", "xnn_datatype_qcint8", "xnn_datatype_quint8", 
 DYNAMIC = ("xnn_datatype_qdint8", "xnn_datatype_qpint8", "xnn_datatype_qduint8")  # quantized anew for every call
 HALF = "xnn_datatype_fp16"
 PREFIX = "XNN"
+NOT_FINITE = re.compile(r"(:\s*)-?(?:inf|nan)\b")
 CONVERSION = "Convert"
 HEAVY = ("Conv2d", "DepthwiseConv2d", "ConvTranspose2d", "FullyConnected", "BatchMatrixMultiply")
 HEAVY_OUTSIDE = ("aten::convolution", "aten::mm", "aten::bmm", "aten::addmm", "aten::linear", "aten::_convolution")
@@ -77,7 +79,7 @@ def _graph(payload: bytes) -> Mapping[str, Any]:
         (folder / "graph.bin").write_bytes(buffer)
         options = ("--json", "--defaults-json", "--strict-json", "--raw-binary")
         flatc([*options, "-o", str(folder), str(folder / SCHEMA), "--", str(folder / "graph.bin")])
-        return json.loads((folder / "graph.json").read_text(encoding="utf-8"))
+        return json.loads(NOT_FINITE.sub(r"\1NaN", (folder / "graph.json").read_text(encoding="utf-8")))  # ends of clips: not looked at
 
 
 def _delegated(graph: Mapping[str, Any], first: int) -> Iterator[Step]:

@@ -22,13 +22,26 @@ def lower(program: ExportedProgram) -> bytes:
         from executorch.exir import to_edge_transform_and_lower
 
         try:
-            manager: Any = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            manager: Any = to_edge_transform_and_lower(_with_axes_kept(program), partitioner=[XnnpackPartitioner()])
             return bytes(manager.to_executorch().buffer)
         except Exception as error:
             raise UnsupportedError(
                 f"ExecuTorch does not lower the model: {_first_line(error)}",
                 fix="use a target of another runtime, or rewrite the operator that is named",
             ) from error
+
+
+def _with_axes_kept(program: ExportedProgram) -> ExportedProgram:
+    """The program with means that XNNPACK has a kernel for (`_means`)."""
+    import torch
+
+    from deploycc.forms._means import drops_axes, keep_axes
+
+    if program.example_inputs is None or not any(map(drops_axes, program.graph.nodes)):
+        return program
+    graph = program.module(check_guards=False)
+    keep_axes(graph)
+    return torch.export.export(graph, *program.example_inputs)
 
 
 @contextlib.contextmanager

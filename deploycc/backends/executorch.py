@@ -140,13 +140,21 @@ def _outside(step: Step) -> bool:
 
 
 def _notes(found: Sequence[Step]) -> tuple[str, ...]:
-    """How much the delegate takes, and what it does not."""
+    """How much the delegate takes, what it does not, and what it computes in float beside integers."""
     inside = sum(step.delegated for step in found)
-    outside = Counter(step.kernel.operator for step in found if _outside(step))
-    if not outside:
-        return (f"XNNPACK runs all {inside} operators",)
-    names = ", ".join(f"{count} × {name}" for name, count in outside.most_common())
-    return (f"XNNPACK runs {inside} operators; {outside.total()} run outside the delegate, in ExecuTorch's own kernels: {names}",)
+    outside = [step.kernel.operator for step in found if _outside(step)]
+    told = f"XNNPACK runs all {inside} operators"
+    if outside:
+        own = f"{len(outside)} run outside the delegate, in ExecuTorch's own kernels: {_counted(outside)}"
+        told = f"XNNPACK runs {inside} operators; {own}"
+    beside = [step.kernel.operator for step in found if step.delegated and not step.heavy and step.kernel.precision == "float"]
+    if not beside or not any(step.kernel.precision == "int8" for step in found):
+        return (told,)
+    return told, f"in float beside integers: {_counted(beside)}"
+
+
+def _counted(kinds: Sequence[str]) -> str:
+    return ", ".join(f"{count} × {kind}" for kind, count in Counter(kinds).most_common())
 
 
 def fixed_shapes(artifact: Artifact, target: Target) -> list[Violation]:

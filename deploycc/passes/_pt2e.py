@@ -18,8 +18,9 @@ from torchao.quantization.pt2e.observer import ObserverBase
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec
 
+from deploycc.forms._means import keep_axes
 from deploycc.passes._exporters import quiet
-from deploycc.passes._pt2e_placement import CLIPS, CONVOLUTIONS, TRANSPOSED, WEIGHTED, Placement, aten, is_zero_padding, layer_name
+from deploycc.passes._pt2e_placement import CONVOLUTIONS, TRANSPOSED, WEIGHTED, Placement, layer_name
 from deploycc.passes._ranges import Histogram, choose
 
 LEVELS = 256
@@ -123,8 +124,9 @@ def channel_axis(layer: Layer) -> int:
 
 
 def graph_of(program: ExportedProgram) -> fx.GraphModule:
-    """The program's graph with weights as attributes; every convolution and linear layer has a bias."""
+    """The program's graph with weights as attributes; every convolution and linear layer has a bias, means keep their axes."""
     graph = program.module(check_guards=False)
+    keep_axes(graph)
     for node in list(graph.graph.nodes):
         if node.target in WEIGHTED and (len(node.args) < 3 or node.args[2] is None) and "bias" not in node.kwargs:
             _add_bias(graph, node)
@@ -205,19 +207,6 @@ def _assign(graph: fx.GraphModule, node: fx.Node, value: torch.Tensor) -> None:
     setattr(module, name, torch.nn.Parameter(value, requires_grad=False) if isinstance(old, torch.nn.Parameter) else value)
 
 
-def floating(program: ExportedProgram) -> list[str]:
-    """Kinds of the operators that read dequantized values and whose results are not quantized, weighted ones aside."""
-    found: list[str] = []
-    for node in program.graph.nodes:
-        reads = any(str(item.target).startswith("quantized_decomposed.dequantize") for item in node.all_input_nodes)
-        gives = any(str(user.target).startswith("quantized_decomposed.quantize") for user in node.users)
-        fused = any(user.target in CLIPS or user.target in (aten.relu.default, aten.relu_.default) for user in node.users)
-        pads = is_zero_padding(node) and next(iter(node.users)).target in CONVOLUTIONS
-        if node.op == "call_function" and reads and not gives and not fused and not pads and node.target not in WEIGHTED:
-            found.append(str(node.target).removeprefix("aten.").partition(".")[0])
-    return found
-
-
 class Watching(fx.Interpreter):
     """Runs a graph and shows what its layers see.
 
@@ -228,6 +217,7 @@ class Watching(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, watched: Any) -> None:
         super().__init__(graph)
+        self.extra_traceback = False  # it would be written into the message of an observer's error
         self.watched = watched
 
     def run_node(self, n: fx.Node) -> Any:

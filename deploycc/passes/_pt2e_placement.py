@@ -62,7 +62,7 @@ def _fuses(node: fx.Node) -> bool:
     return isinstance(before, fx.Node) and before.target in CLIPPED and len(before.users) == 1
 
 
-def is_zero_padding(node: Any) -> bool:
+def _is_zero_padding(node: Any) -> bool:
     """Whether a node pads the plane of a convolution's input, with zeros, for that convolution alone."""
     if node.target not in PADS or len(node.users) != 1:
         return False
@@ -77,7 +77,7 @@ def _quantize_before_padding(conv: fx.Node) -> None:
     """XNNPACK pads integers where Q stands before the padding and none between it and the convolution."""
     pad: Any = conv.args[0]
     found = conv.meta.get(ANNOTATION)
-    if found is None or not is_zero_padding(pad):
+    if found is None or not _is_zero_padding(pad):
         return
     before = pad.args[0]
     spec = found.input_qspec_map.pop(pad)

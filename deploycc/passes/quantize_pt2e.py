@@ -20,7 +20,6 @@ The .pte of the last row: 97.6 %, 24.1 dB. Its kernels round ties another way th
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
@@ -136,8 +135,6 @@ class QuantizePt2e(Pass):
         )
         notes = [f"{len(layers)} weighted operators for XNNPACK, ranges from {method} calibration"]
         notes += [f"left in float: {name}: {reason}" for name, reason in left]
-        if between := _between(program):
-            notes.append(f"computed in float between integers: {between}")
         return artifact.evolve(program, quant=info, notes=tuple(notes))
 
     def _round(self, prepared: fx.GraphModule, layer: Layer, *, per_channel: bool) -> np.ndarray:
@@ -197,11 +194,6 @@ def _calibrate(prepared: fx.GraphModule, layers: list[Layer], artifact: Artifact
                 ) from None
             context.progress("calibration", calls, total)
     return [item / calls for item in sums]
-
-
-def _between(program: Any) -> str:
-    """Kinds of operators that read what was integer before them, and compute in float."""
-    return ", ".join(f"{count} × {kind}" for kind, count in Counter(_door().floating(program)).most_common())
 
 
 def _door() -> ModuleType:
