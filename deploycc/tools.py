@@ -21,6 +21,7 @@ from deploycc.core.data import Data
 from deploycc.core.kernels import Maps
 from deploycc.core.registry import BACKENDS, FORMS
 from deploycc.core.target import Bench
+from deploycc.emulate import root as emulator
 from deploycc.errors import DeployError, UsageError
 from deploycc.planning import find_source, open_dataset
 from deploycc.runtime import bundle as bundles
@@ -241,8 +242,15 @@ def doctor() -> dict[str, Any]:
         ],
         "targets": [_target_state(name, {key: bool(item) for key, item in backends.items()}) for name in targets.names()],
         "optional": [
-            {"what": what, "here": importlib.util.find_spec(module) is not None, "install": install}
-            for module, (what, install) in OPTIONAL.items()
+            *(
+                {"what": what, "here": importlib.util.find_spec(module) is not None, "install": install}
+                for module, (what, install) in OPTIONAL.items()
+            ),
+            {
+                "what": "qemu (verify --emulate: bundles for ARM, on its cores)",
+                "here": emulator.missing() is None,
+                "install": emulator.INSTALL,
+            },
         ],
     }
 
