@@ -17,7 +17,9 @@ from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import ModelRequest
 from deploycc.core.kernels import Maps
 from deploycc.core.registry import BACKENDS, FORMS
+from deploycc.emulate import root as emulator
 from deploycc.errors import DeployError
+from deploycc.package import cpp_build
 from deploycc.planning import find_source
 from deploycc.runtime import bundle as bundles
 from deploycc.runtime import cuda, host
@@ -173,8 +175,19 @@ def doctor() -> dict[str, Any]:
         ],
         "targets": [_target_state(name, {key: bool(item) for key, item in backends.items()}) for name in targets.names()],
         "optional": [
-            {"what": what, "here": importlib.util.find_spec(module) is not None, "install": install}
-            for module, (what, install) in OPTIONAL.items()
+            *(
+                {"what": what, "here": importlib.util.find_spec(module) is not None, "install": install}
+                for module, (what, install) in OPTIONAL.items()
+            ),
+            {
+                "what": "qemu (verify --emulate: bundles for ARM, on its cores)",
+                "here": emulator.missing() is None,
+                "install": emulator.INSTALL,
+            },
+            *(
+                {"what": f"a compiler for {arch} (package --runner cpp)", "here": install is None, "install": install or ""}
+                for arch, install in cpp_build.recipes().items()
+            ),
         ],
     }
 

@@ -85,7 +85,9 @@ def test_nothing_heavy_is_imported_before_it_is_used(path):
     assert not found & HEAVY
 
 
-@pytest.mark.parametrize("folder", ["passes", "backends", "sources/models", "sources/datasets", "forms", "package/runners"])
+@pytest.mark.parametrize(
+    "folder", ["passes", "backends", "sources/models", "sources/datasets", "forms", "package/runners", "emulate/sessions"]
+)
 def test_plug_ins_do_not_import_each_other(folder):
     for path in sorted((PACKAGE / folder).glob("*.py")):
         prefix = f"deploycc.{folder.replace('/', '.')}."
