@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,7 +226,7 @@ def test_a_runtime_that_is_too_new_is_refused_with_the_reason(installed: str):
     document = manifest(minimum="2.9")
     document["runtime"] |= {"below": "2.10", "reason": "illegal instruction"}
     with pytest.raises(
-        MismatchError, match=rf"needs onnxruntime>=2.9,<2.10 \(illegal instruction\); this machine has .* {installed}"
+        MismatchError, match=rf"needs onnxruntime>=2.9,<2.10 \(illegal instruction\); this machine has .* {re.escape(installed)}"
     ) as caught:
         host.check_host(document, version=lambda session: installed)
     assert caught.value.fix == "pip install 'onnxruntime>=2.9,<2.10'"
