@@ -63,6 +63,9 @@ class OnnxProgram(OnnxModule):
         self.numbers = {name: array for name, array in arrays.items() if array.size <= FEW}
         shapes = {name: array.shape for name, array in arrays.items()}
         self.steps = [self._for_export(step, shapes) for step in self.steps]
+        read = {name for step in self.steps for name in step.inputs} | set(self.outputs)
+        for name in [name for name in self.constants if name not in read]:  # its place is taken by its transpose
+            delattr(self, self.constants.pop(name))
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """Every output, in order."""

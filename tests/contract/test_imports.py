@@ -44,6 +44,7 @@ OVER_TORCH = (
     "_onnx_program",
     "_fake_quant",
     "_pt2e",
+    "_means",
 )  # private modules of classes over torch's, themselves imported inside functions
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,21 @@ def test_a_runtime_that_is_too_old_is_refused(installed: str):
 @pytest.mark.parametrize("installed", ["1.30", "1.30.0", "1.100", "2.0", "1.30.1+cpu"])
 def test_a_runtime_that_is_new_enough_is_taken(installed: str):
     host.check_host(manifest(), version=lambda session: installed)
+
+
+@pytest.mark.parametrize("installed", ["2.10.0", "2.13.0+cpu", "3.0"])
+def test_a_runtime_that_is_too_new_is_refused_with_the_reason(installed: str):
+    document = manifest(minimum="2.9")
+    document["runtime"] |= {"below": "2.10", "reason": "illegal instruction"}
+    with pytest.raises(
+        MismatchError, match=rf"needs onnxruntime>=2.9,<2.10 \(illegal instruction\); this machine has .* {re.escape(installed)}"
+    ) as caught:
+        host.check_host(document, version=lambda session: installed)
+    assert caught.value.fix == "pip install 'onnxruntime>=2.9,<2.10'"
+    host.check_host(document, version=lambda session: "2.9.1")
+    del document["runtime"]["reason"]
+    with pytest.raises(MismatchError, match="newer versions were not checked"):
+        host.check_host(document, version=lambda session: installed)
 
 
 def test_a_missing_runtime_is_named():
