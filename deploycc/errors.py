@@ -125,6 +125,18 @@ class BenchError(DeployError):
     """A measurement that cannot be taken, or results that cannot be compared."""
 
 
+class DeviceError(DeployError):
+    """A device that cannot be reached, or on which a bundle cannot be run."""
+
+
+class ConnectionLost(DeviceError):
+    """The connection to a device ended while something ran there."""
+
+
+class DeviceTimeout(DeviceError):
+    """A device that did not answer in time."""
+
+
 class EmulationError(DeployError):
     """An emulated device that does not start, or on which a program ends by a signal or in the wrong way."""
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from deploycc.commands._app import DataText, Inputs, Json, RandomWeights, Seed, Weights, app, emit, progress_bar, show
+from deploycc.commands._device import DevicePython, Devices, Keep, Resume, Timeout, on_devices, refuse
 
 
 @app.command()
@@ -19,16 +20,26 @@ def bench(
     inputs: Inputs = None,
     weights: Weights = None,
     random_weights: RandomWeights = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of every session.")] = 1,
-    min_seconds: Annotated[float, typer.Option(min=0.1, help="Least timed seconds per candidate.")] = 2.0,
-    min_runs: Annotated[int, typer.Option(min=5, help="Least timed calls per candidate.")] = 30,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every session (default: 1; on a device: the target's).")] = None,
+    min_seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Least timed seconds per candidate (default: 2; on a device: the target's).")
+    ] = None,
+    min_runs: Annotated[
+        int | None, typer.Option(min=5, help="Least timed calls per candidate (default: 30; on a device: the target's).")
+    ] = None,
     seed: Seed = 0,
     save: Annotated[Path | None, typer.Option(help="Write the raw samples and the environment as JSON.")] = None,
+    device: Devices = None,
+    keep: Keep = False,
+    resume: Resume = True,
+    timeout: Timeout = None,
+    device_python: DevicePython = None,
     json: Json = False,
 ) -> None:
     """Measure latencies in one interleaved run; the first is the baseline.
 
     With --targets one model is compiled for each of them, and what shipped is measured, beside eager PyTorch; no bundle is kept.
+    With --device one bundle is copied to each device, checked and measured there, and removed. Exit status 1: a device failed.
     """
     from deploycc import contest, render, render_contest
     from deploycc.core.target import Bench
@@ -36,7 +47,28 @@ def bench(
     from deploycc.planning import Options, parse_shapes
     from deploycc.tools import bench_all
 
-    settings = Bench(threads=threads, min_seconds=min_seconds, min_runs=min_runs)
+    refuse(device, keep=keep, no_resume=not resume, timeout=timeout, device_python=device_python)
+    if device:
+        refuse(device, targets=targets, data=data, input=inputs, weights=weights, random_weights=random_weights, seed=seed)
+        if len(models) != 1:
+            raise UsageError(
+                f"--device takes one bundle, not {len(models)}", fix="bench one after the other, and compare what --save wrote"
+            )
+        on_devices(
+            Path(models[0]),
+            device,
+            bench=True,
+            keep=keep,
+            resume=resume,
+            timeout=timeout,
+            python=device_python,
+            json=json,
+            save=save,
+            threads=threads,
+            seconds=min_seconds,
+            runs=min_runs,
+        )
+    settings = Bench(threads=threads or 1, min_seconds=min_seconds or 2.0, min_runs=min_runs or 30)
     if targets is not None:
         if len(models) != 1:
             raise UsageError(f"--targets takes one model, not {len(models)}", fix="bench the bundles of several models, without --targets")

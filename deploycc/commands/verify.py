@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from deploycc.commands._app import Json, app, emit, progress_bar, show
+from deploycc.commands._device import DevicePython, Devices, Keep, Resume, Timeout, on_devices, refuse
 
 
 @app.command()
@@ -22,15 +23,24 @@ def verify(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="With --data: at most so many.")] = 20,
     calls: Annotated[int, typer.Option(min=1, help="With --emulate: calls whose instructions are counted.")] = 3,
+    device: Devices = None,
+    keep: Keep = False,
+    resume: Resume = True,
+    timeout: Timeout = None,
+    device_python: DevicePython = None,
     json: Json = False,
 ) -> None:
-    """Check a bundle: signature, hashes, this machine, golden outputs; with --emulate, on ARM cores instead of this machine.
+    """Check a bundle: signature, hashes, this machine, golden outputs; with --emulate or --device there instead of on this machine.
 
-    Exit status 0: all is well; 1: something is not, or on one of the cores; 2: wrong usage.
+    Exit status 0: all is well; 1: something is not, or on one of the cores or devices; 2: wrong usage.
     """
     from deploycc import tools
     from deploycc.errors import UsageError
 
+    refuse(device, keep=keep, no_resume=not resume, timeout=timeout, device_python=device_python)
+    if device:
+        refuse(device, emulate=emulate, data=data)
+        on_devices(bundle, device, bench=False, keep=keep, resume=resume, timeout=timeout, python=device_python, json=json, key=key)
     if emulate is None:
         if data is not None:
             raise UsageError("--data is for --emulate", fix="leave it out, or name ARM cores with --emulate")

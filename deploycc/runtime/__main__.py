@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("selftest", parents=[common], help="check hashes, this machine, and the golden outputs")
     timing = commands.add_parser("bench", parents=[common], help="measure latency, cold start and memory on this machine")
     timing.add_argument("--seconds", type=float, help="least seconds of timed calls (default: what the target says)")
+    timing.add_argument("--runs", type=_count, help="least number of timed calls (default: what the target says)")
+    timing.add_argument("--samples", action="store_true", help="with --json: every timed call in nanoseconds too")
     timing.add_argument("--input", type=Path, metavar="FILE", help="a picture or .npz to measure with, instead of the golden inputs")
     timing.add_argument("--save", type=Path, metavar="FILE", help="write raw samples and environment as `deploycc bench --save` does")
     using = commands.add_parser("predict", parents=[common], help="run one picture or one .npz file of arrays")
@@ -129,6 +131,7 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     feeds = (read_input(bundle, options.input),) if options.input else read_golden(bundle).feeds
     wanted = bundle.manifest["target"].get("bench", {})
     seconds = options.seconds or wanted.get("min_seconds", 2.0)
+    runs = options.runs or wanted.get("min_runs", 30)
     earlier = peak_rss_bytes()
     before = rss_bytes() if reset_peak() else None  # as the host's harness does, so that growth means the same
     begin = time.perf_counter_ns()
@@ -143,7 +146,7 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             session.run(feeds[index % len(feeds)])
             session.synchronize()
 
-        samples = time_interleaved({"model": call}, min_seconds=seconds, min_runs=wanted.get("min_runs", 30))["model"]
+        samples = time_interleaved({"model": call}, min_seconds=seconds, min_runs=runs)["model"]
     summary = summarize(samples)
     warnings = list(instability(samples, summary))
     if threads > available_cores():
@@ -158,7 +161,7 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "peak_rss_mb": None if peak is None else peak / 1e6,
         "warnings": warnings,
     }
-    if options.save:
+    if options.save or options.samples:
         growth = (cold_peak - before) / 1e6 if before and cold_peak and cold_peak > before else None
         found = record.document(
             about["target"],
@@ -166,12 +169,15 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             feeds[0],
             threads=threads,
             min_seconds=seconds,
-            min_runs=wanted.get("min_runs", 30),
+            min_runs=runs,
             open_ms=answer["open_ms"],
             first_ms=answer["first_ms"],
             rss_growth_mb=growth,
         )
-        record.save(options.save, found)
+        if options.samples:
+            answer["measurement"] = {**found["measurements"][0], "min_seconds": seconds, "min_runs": runs}
+        if options.save:
+            record.save(options.save, found)
     memory = "not known" if peak is None else f"{peak / 1e6:.0f} MB, this whole process"
     times = f"p50 {summary.p50:.3f} ms ({summary.low:.3f} to {summary.high:.3f}), p90 {summary.p90:.3f}, p99 {summary.p99:.3f}"
     lines = [

@@ -22,6 +22,7 @@ ALLOWED = {
     "backends": {"errors", "runtime", "core", "forms"},
     "bench": {"errors", "runtime", "core", "forms"},
     "package": {"errors", "runtime", "core", "forms", "bench"},
+    "remote": {"errors", "runtime", "core", "bench"},
     "demo": {"errors", "runtime", "core", "forms", "sources"},
 }
 HEAVY = {
@@ -134,7 +135,7 @@ def test_core_imports_with_neither_torch_nor_onnx_installed():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", [["--help"], ["compile", "--help"], ["targets"], ["targets", "x86-onnxruntime"], ["passes"], ["backends"], ["sources"]])  # fmt: skip
+@pytest.mark.parametrize("command", [["--help"], ["compile", "--help"], ["targets"], ["targets", "x86-onnxruntime"], ["passes"], ["backends"], ["sources"], ["devices"]])  # fmt: skip
 def test_help_and_lists_never_import_torch(command):
     code = f"import sys\nsys.argv = ['deploycc', *{command!r}]\nfrom deploycc.cli import main\nmain()\n"
     result = run_without({"torch", "torchvision", "onnx", "onnxruntime"}, code)

@@ -135,6 +135,16 @@ def test_bench_prints_the_harness_statistics(folder: Path, capsys: pytest.Captur
     assert "cold start " in text
 
 
+def test_bench_gives_every_sample_when_asked_and_does_as_many_runs(folder: Path, capsys: pytest.CaptureFixture[str]):
+    found = answer(capsys, "bench", "--bundle", str(folder), "--seconds", "0.001", "--runs", "57", "--samples")
+    taken = found["measurement"]
+    assert found["latency_ms"]["runs"] == len(taken["samples_ns"]) >= 57
+    assert len(taken["samples_ns"]) % taken["per_round"] == 0
+    assert found["latency_ms"]["p50"] == pytest.approx(np.median(taken["samples_ns"]) / 1e6)
+    assert taken["inputs"] == {"image": ["float32", [1, 3, 8, 8]]}
+    assert (taken["min_seconds"], taken["min_runs"]) == (0.001, 57)
+
+
 def test_bench_warns_of_more_threads_than_cores(folder: Path, capsys: pytest.CaptureFixture[str]):
     threads = available_cores() + 1
     found = answer(capsys, "bench", "--bundle", str(folder), "--seconds", "0.02", "--threads", str(threads))
