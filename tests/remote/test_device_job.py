@@ -120,7 +120,26 @@ def tools_of(shell: str, folder: Path) -> str:
     if program is None:
         pytest.skip(f"there is no {shell} here")
     folder.mkdir()
-    applets = ["sh", "cat", "mkdir", "rm", "rmdir", "mv", "chmod", "sleep", "readlink", "dirname", "wc", "sha256sum", "df", "tail", "date", "uname", "tr", "nproc"]
+    applets = [
+        "sh",
+        "cat",
+        "mkdir",
+        "rm",
+        "rmdir",
+        "mv",
+        "chmod",
+        "sleep",
+        "readlink",
+        "dirname",
+        "wc",
+        "sha256sum",
+        "df",
+        "tail",
+        "date",
+        "uname",
+        "tr",
+        "nproc",
+    ]
     for name in applets if shell == "busybox" else ("sh",):
         (folder / name).symlink_to(program)
     return str(folder) if shell == "busybox" else f"{folder}:/usr/bin:/bin"
