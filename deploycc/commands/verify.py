@@ -21,8 +21,8 @@ def verify(
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="With --emulate: samples that both answer, besides the golden ones.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="With --data: at most so many.")] = 20,
-    calls: Annotated[int, typer.Option(min=1, help="With --emulate: calls whose instructions are counted.")] = 3,
+    samples: Annotated[int | None, typer.Option(min=1, help="With --data: at most so many (default: 20).")] = None,
+    calls: Annotated[int | None, typer.Option(min=1, help="With --emulate: calls whose instructions are counted (default: 3).")] = None,
     device: Devices = None,
     keep: Keep = False,
     resume: Resume = True,
@@ -39,11 +39,12 @@ def verify(
 
     refuse(device, keep=keep, no_resume=not resume, timeout=timeout, device_python=device_python)
     if device:
-        refuse(device, emulate=emulate, data=data)
+        refuse(device, emulate=emulate, data=data, samples=samples, calls=calls)
         on_devices(bundle, device, bench=False, keep=keep, resume=resume, timeout=timeout, python=device_python, json=json, key=key)
     if emulate is None:
-        if data is not None:
-            raise UsageError("--data is for --emulate", fix="leave it out, or name ARM cores with --emulate")
+        for name, given in (("--data", data), ("--samples", samples), ("--calls", calls)):
+            if given is not None:
+                raise UsageError(f"{name} is for --emulate", fix="leave it out, or name ARM cores with --emulate")
         found = tools.verify(bundle, key)
         if json:
             emit(found)
@@ -51,11 +52,21 @@ def verify(
         for line in found["checks"]:
             show(f"ok  {line}")
         return
+    if samples is not None and data is None:
+        raise UsageError("--samples is for --data", fix="leave it out, or give --data DATA")
     from deploycc import render_emulation
     from deploycc.emulate import verify as emulation
 
     with progress_bar() as progress:
-        result = emulation.emulate(bundle, emulate, data=data, samples=samples, calls=calls, key=key, progress=progress)
+        result = emulation.emulate(
+            bundle,
+            emulate,
+            data=data,
+            samples=samples or emulation.SAMPLES,
+            calls=calls or emulation.CALLS,
+            key=key,
+            progress=progress,
+        )
     if json:
         emit(render_emulation.emulated_json(result))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -37,10 +38,10 @@ class Ran:
 
     @property
     def said(self) -> str:
-        """Its error: what stands on stderr after "error: ", else the last line."""
-        _, found, message = self.stderr.rpartition("error: ")
-        lines = (message if found else self.stderr).strip().splitlines()
-        return "\n".join(lines) if found else (lines or [f"nothing; exit status {self.status}"])[-1]
+        """Its error: all from a line that begins with "error: " on, else the last line."""
+        if found := re.search(r"^error: (.+)", self.stderr, re.MULTILINE | re.DOTALL):
+            return found[1].strip()
+        return (self.stderr.strip().splitlines() or [f"nothing; exit status {self.status}"])[-1]
 
 
 def run(

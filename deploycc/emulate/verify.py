@@ -36,6 +36,7 @@ from deploycc.runtime.unpack import opened
 ARCH = "aarch64"
 CALLS = 3
 SAMPLES = 20
+FAILED = "the selftest failed"
 SIGNALS = {
     "SIGILL": "an instruction that the core does not have",
     "SIGSEGV": "memory that is not its own",
@@ -145,7 +146,7 @@ def emulate(
         check_emulated(loaded)
         for core in chosen:
             root.prefix(core.name)  # what is missing is told before anything slow
-        programs = SESSIONS.get(loaded.manifest["runtime"]["session"]).programs(loaded, work)
+        programs = SESSIONS.get(loaded.manifest["runtime"]["session"]).programs(loaded, work, trusted=key is not None)
         golden = bundles.read_golden(loaded)
         more = _feeds(loaded, data, samples) if data else []
         feeds = [*golden.feeds, *more]
@@ -219,13 +220,17 @@ class Guests:
         command = [*self.programs.selftest, "selftest", "--json", "--threads", "1", "--bundle", folder]
         ran = guest.run(core.name, command, work=self.work, environment=self.programs.environment, seconds=self.seconds)
         if ran.status != 0:
-            return CoreResult(core, flags, refused=_refusal(ran, core), not_counted="the selftest failed")
+            return CoreResult(core, flags, refused=_refusal(ran, core), not_counted=FAILED)
+        try:
+            selftest = json.loads(ran.stdout)
+        except ValueError:
+            return CoreResult(core, flags, refused=f"the runner's answer is no JSON: {ran.stdout[:80]!r}", not_counted=FAILED)
         answers, multiplies, cost = self._probed(core, folder)
         compared = answers[: len(self.wanted)]
         return CoreResult(
             core,
             flags,
-            selftest=json.loads(ran.stdout),
+            selftest=selftest,
             distances=compare.distances(self.wanted, compared),
             agreement=compare.agreement(self.wanted, compared),
             multiplies=multiplies,

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import typer
 
 from deploycc import render_emulation
 from deploycc.emulate import counts, guest
@@ -63,6 +64,28 @@ def test_a_bundle_without_its_runner_gets_one(qemu, bundle, tmp_path):
     (bundle / "manifest.json").write_text(json.dumps(document))
     (bundle / "runner.pyz").unlink()
     assert emulate(bundle, "cortex-a53").ok
+
+
+def test_a_runner_of_someone_else_is_not_run_without_a_signature(qemu, bundle, tmp_path):
+    from deploycc.package import signing
+    from deploycc.runtime.bundle import document_digest
+
+    sha256 = __import__("hashlib").sha256
+    (bundle / "runner.pyz").write_bytes(b"print('mine')")
+    document = json.loads((bundle / "manifest.json").read_text())
+    for entry in document["files"]:
+        if entry["role"] == "runner":
+            entry |= {"sha256": sha256(b"print('mine')").hexdigest()}
+    document["measured"]["digest"] = document_digest(document)
+    (bundle / "manifest.json").write_text(json.dumps(document))
+    found = emulate(bundle, "cortex-a53")
+    assert found.ok
+    assert "the bundle's runner.pyz is not what this version writes" in found.notes[0]
+    assert all(str(bundle) not in row["command"][2] for row in qemu.asked() if "selftest" in row["command"])
+    private, public, _ = signing.make_keys(tmp_path / "maker")
+    signing.sign(bundle, private)
+    found = emulate(bundle, "cortex-a53", key=public)  # it was run, and says what no selftest says
+    assert found.cores[0].refused == "the runner's answer is no JSON: 'mine\\n'"
 
 
 def test_data_are_answered_here_and_there(qemu, bundle, tmp_path):
@@ -213,7 +236,29 @@ def test_the_command_refuses_an_unknown_core(bundle):
     assert "known are cortex-a35, cortex-a53" in done.stderr
 
 
-def test_data_without_emulation_is_refused(bundle):
-    done = command(bundle, "--data", "x.npz")
+@pytest.mark.parametrize("option", ["--data", "--samples", "--calls"])
+def test_what_is_for_emulation_is_refused_without_it(bundle, option):
+    done = command(bundle, option, "3")
     assert done.returncode == 2
-    assert "--data is for --emulate" in done.stderr
+    assert f"{option} is for --emulate" in done.stderr
+
+
+def test_samples_without_data_are_refused(bundle):
+    done = command(bundle, "--emulate", "cortex-a53", "--samples", "3")
+    assert done.returncode == 2
+    assert "--samples is for --data" in done.stderr
+
+
+def test_the_command_shows_a_table_and_exits_by_the_selftest(qemu, bundle, capsys):
+    from deploycc.commands.verify import verify
+
+    with pytest.raises(typer.Exit) as caught:
+        verify(bundle, emulate="cortex-a53")
+    assert caught.value.exit_code == 0
+    assert "cortex-a53  Raspberry Pi 3  ok" in capsys.readouterr().out
+    qemu.plan(fails={"selftest": "error: no\n  fix: yes"})
+    with pytest.raises(typer.Exit) as caught:
+        verify(bundle, emulate="cortex-a53", json=True)
+    assert caught.value.exit_code == 1
+    document = json.loads(capsys.readouterr().out)
+    assert (document["ok"], document["cores"][0]["refused"]) == (False, "no\n  fix: yes")

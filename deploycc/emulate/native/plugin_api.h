@@ -1,4 +1,4 @@
-// What count.c uses of QEMU's TCG plug-in API, version 1 (QEMU 4.2 to 8.2), as its documentation gives it (docs/devel/tcg-plugins.rst).
+// What count.c uses of QEMU's TCG plug-in API, version 1 (tried with QEMU 7.2), as its documentation gives it (docs/devel/tcg-plugins.rst).
 #pragma once
 
 #include <stddef.h>

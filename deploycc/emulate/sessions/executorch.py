@@ -15,6 +15,6 @@ class ExecuTorchGuest:
 
     name: ClassVar[str] = "executorch"
 
-    def programs(self, bundle: LoadedBundle, work: Path) -> Programs:
+    def programs(self, bundle: LoadedBundle, work: Path, trusted: bool = False) -> Programs:
         """Nothing of it is for one run alone."""
-        return _native.programs(bundle)
+        return _native.programs(bundle, trusted)

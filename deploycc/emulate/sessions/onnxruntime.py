@@ -15,7 +15,6 @@ class OnnxRuntimeGuest:
 
     name: ClassVar[str] = "onnxruntime"
 
-    def programs(self, bundle: LoadedBundle, work: Path) -> Programs:
-        """With numpy as it is here."""
-        version = bundle.manifest["runtime"]["version"]
-        return _python.programs(bundle, work, {"onnxruntime": version, "numpy": _python.here("numpy")})
+    def programs(self, bundle: LoadedBundle, work: Path, trusted: bool = False) -> Programs:
+        """In the bundle's version."""
+        return _python.programs(bundle, work, trusted, {"onnxruntime": bundle.manifest["runtime"]["version"]})

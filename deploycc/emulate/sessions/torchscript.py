@@ -35,6 +35,6 @@ class TorchScriptGuest:
 
     name: ClassVar[str] = "torchscript"
 
-    def programs(self, bundle: LoadedBundle, work: Path) -> Programs:
-        """With numpy as it is here."""
-        return _python.programs(bundle, work, WHEELS | {"numpy": _python.here("numpy")}, (NOTE,))
+    def programs(self, bundle: LoadedBundle, work: Path, trusted: bool = False) -> Programs:
+        """In the version that runs on every core."""
+        return _python.programs(bundle, work, trusted, WHEELS, (NOTE,))
