@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from deploycc.render import DASH, size, table_of
+from deploycc.runtime.machine import cpu_arch
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,9 +40,12 @@ def _parts(result: Packed) -> Table:
 
 
 def _needs(result: Packed) -> Table:
-    table = table_of("on the device besides", "version", "licence", "installed", left=3)
+    """Sizes are those of the packages that are installed here, for this machine's architecture."""
+    table = table_of("on the device besides", "version", "licence", f"installed ({cpu_arch()})", left=3)
     for item in result.needs:
-        table.add_row(item.name, item.version or DASH, ", ".join(item.licences) or DASH, DASH if item.bytes is None else size(item.bytes))
+        least = dict(item.facts).get("minimum")
+        version = item.version or (f"≥ {least}" if least else DASH)
+        table.add_row(item.name, version, ", ".join(item.licences) or DASH, DASH if item.bytes is None else size(item.bytes))
     return table
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from deploycc.errors import DeployError, UsageError
+from deploycc.runtime import record
 from deploycc.runtime.bundle import LoadedBundle, check_golden, load, open_session, read_golden
 from deploycc.runtime.doubts import instability
 from deploycc.runtime.host import check_host, peak_rss_bytes, reset_peak, rss_bytes
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument("--runs", type=_count, help="least number of timed calls (default: what the target says)")
     timing.add_argument("--samples", action="store_true", help="with --json: every timed call in nanoseconds too")
     timing.add_argument("--input", type=Path, metavar="FILE", help="a picture or .npz to measure with, instead of the golden inputs")
+    timing.add_argument("--save", type=Path, metavar="FILE", help="write raw samples and environment as `deploycc bench --save` does")
     using = commands.add_parser("predict", parents=[common], help="run one picture or one .npz file of arrays")
     using.add_argument("file", type=Path)
     using.add_argument("--top", type=_count, default=5, help="how many classes to show")
@@ -172,17 +174,23 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "observed": dataclasses.asdict(observed),
         "warnings": warnings,
     }
-    if options.samples:
-        answer["measurement"] = {
-            "samples_ns": samples.ns.tolist(),
-            "per_round": samples.per_round,
-            "warmups": samples.warmups,
-            "stable": samples.stable,
-            "rss_growth_mb": (cold_peak - before) / 1e6 if before and cold_peak and cold_peak > before else None,
-            "inputs": {name: [str(array.dtype), list(array.shape)] for name, array in feeds[0].items()},
-            "min_seconds": seconds,
-            "min_runs": runs,
-        }
+    if options.save or options.samples:
+        found = record.document(
+            about["target"],
+            samples,
+            feeds[0],
+            threads=threads,
+            min_seconds=seconds,
+            min_runs=runs,
+            open_ms=answer["open_ms"],
+            first_ms=answer["first_ms"],
+            rss_growth_mb=(cold_peak - before) / 1e6 if before and cold_peak and cold_peak > before else None,
+        )
+        if options.save:
+            record.save(options.save, found)
+        if options.samples:
+            extent = {"min_seconds": seconds, "min_runs": runs, "stable": samples.stable}
+            answer["measurement"] = {**found["measurements"][0], **extent}
     memory = "not known" if peak is None else f"{peak / 1e6:.0f} MB, this whole process"
     high = [f"{name} {value:.3f}" for name, value in (("p90", summary.p90), ("p99", summary.p99), ("p99.9", summary.p999)) if value]
     times = f"p50 {summary.p50:.3f} ms ({summary.low:.3f} to {summary.high:.3f}), {', '.join([*high, f'mean {summary.mean:.3f}'])}"

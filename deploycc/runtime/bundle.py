@@ -21,10 +21,10 @@ import numpy as np
 
 from deploycc.errors import BundleError, DataError, MismatchError
 from deploycc.runtime import sessions
+from deploycc.runtime.audio import AnyTransform, declared
 from deploycc.runtime.seal import MANIFEST, SIGNATURE
 from deploycc.runtime.sessions import Session
 from deploycc.runtime.signature import Signature
-from deploycc.runtime.transform import Transform
 
 SCHEMA_VERSION = 1
 REBUILD = "copy the bundle again from where it was made, or compile it again"
@@ -47,7 +47,7 @@ class LoadedBundle:
     folder: Path
     manifest: Mapping[str, Any]
     signature: Signature
-    transform: Transform | None
+    transform: AnyTransform | None
     model: Path
     unlisted: tuple[str, ...]
 
@@ -102,7 +102,7 @@ def load(folder: Path) -> LoadedBundle:
             folder=folder,
             manifest=manifest,
             signature=Signature.from_json(manifest["signature"]),
-            transform=Transform.from_json(json.loads((folder / transform).read_text(encoding="utf-8"))) if transform else None,
+            transform=declared(json.loads((folder / transform).read_text(encoding="utf-8"))) if transform else None,
             model=folder / models[0],
             unlisted=tuple(name for path in present if (name := path.relative_to(folder).as_posix()) not in known),
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bundle_tools import rewrite
 
 from deploycc import tools
 from deploycc.errors import BundleError, MissingDependency, StoreError, UsageError
@@ -103,8 +104,6 @@ def test_a_changed_byte_is_refused_wherever_it_is(folder: Path, keys: tuple[Path
 
 def test_a_manifest_that_was_sealed_anew_is_refused_with_the_key_only(folder: Path, keys: tuple[Path, Path]):
     """Whoever changes a file can mend the hashes, but not the signature."""
-    from tests.runtime.test_bundle import rewrite
-
     rewrite(folder, lambda document: document.update(seed=99))
     load(folder)
     with pytest.raises(BundleError, match="did not sign this manifest"):

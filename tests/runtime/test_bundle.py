@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundle_tools import rewrite
 from PIL import Image
 
 from deploycc.errors import BundleError, DataError, MismatchError
@@ -19,7 +19,6 @@ from deploycc.runtime.bundle import (
     MANIFEST,
     Golden,
     check_golden,
-    document_digest,
     load,
     open_session,
     read_arrays,
@@ -37,15 +36,6 @@ NO_VNNI = "processor: 0\nflags\t\t: sse4_2 avx2\n"
 @pytest.fixture
 def folder(tmp_path: Path, make_contents: Callable[..., Contents]) -> Path:
     return write(tmp_path / "out", make_contents()).folder
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Any]], None], *, sealed: bool = True) -> None:
-    """Change the manifest; `sealed` gives it a digest that fits, as whoever builds a hostile bundle would."""
-    document = json.loads((folder / MANIFEST).read_text())
-    change(document)
-    if sealed:
-        document["measured"]["digest"] = document_digest(document)
-    (folder / MANIFEST).write_text(json.dumps(document))
 
 
 def set_path(index: int, path: str) -> Callable[[dict[str, Any]], None]:

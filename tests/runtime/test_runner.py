@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundle_tools import GUARDED
 from PIL import Image
 
 from deploycc.errors import BundleError
@@ -19,29 +20,6 @@ from deploycc.package.manifest import Contents
 from deploycc.runtime.__main__ import main
 from deploycc.runtime.bundle import load
 from deploycc.runtime.machine import available_cores
-
-ROOT = Path(__file__).parents[2]
-FORBIDDEN = ("torch", "onnx", "pydantic", "typer", "rich", "jinja2", "psutil", "matplotlib")
-# Runs the archive as `python runner.pyz` does, with an import hook that refuses what a device does not have, and the source tree.
-GUARDED = f"""
-import runpy, sys
-class Guard:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {FORBIDDEN!r}:
-            raise ImportError(f'the runner imports {{name}}')
-sys.meta_path.insert(0, Guard())
-sys.path[:] = [entry for entry in sys.path if entry != {str(ROOT)!r}]
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0])
-status = 0
-try:
-    runpy.run_path(sys.argv[0], run_name='__main__')
-except SystemExit as stop:
-    status = stop.code
-import deploycc.errors
-assert '.pyz' in deploycc.errors.__file__, deploycc.errors.__file__
-sys.exit(status)
-"""
 
 
 @pytest.fixture(scope="module")
