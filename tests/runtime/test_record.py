@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deploycc.bench import environment as hosts
 from deploycc.bench import comparison, result
+from deploycc.bench import environment as hosts
 from deploycc.package.bundle import write
 from deploycc.package.manifest import Contents
 from deploycc.runtime import record
