@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ACROSS_HELP = "Compare results of unlike machines too; what differs is printed."
 COLD_STARTS = 3
+MAX_SLOWDOWN = "5%"
 
 
 def _schema(shown: bool) -> None:
@@ -60,7 +61,7 @@ def bench(
     seed: Seed = 0,
     save: Annotated[Path | None, typer.Option(help="Write the raw samples and the environment as JSON.")] = None,
     against: Annotated[Path | None, typer.Option(help="A saved result: exit 3 where this one is slower.")] = None,
-    max_slowdown: Annotated[str, typer.Option(help="How much slower may be, for sure, before that: 5%.")] = "5%",
+    max_slowdown: Annotated[str, typer.Option(help="How much slower may be, for sure, before that: 5%.")] = MAX_SLOWDOWN,
     across_machines: Annotated[bool, typer.Option("--across-machines", help=ACROSS_HELP)] = False,
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit XML summary.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write a Markdown summary.")] = None,
@@ -82,14 +83,15 @@ def bench(
     from deploycc.bench import comparison, process, summaries
     from deploycc.bench.result import load
     from deploycc.bench.scenario import parse_share
+    from deploycc.errors import UsageError
 
     refuse(device, keep=keep, no_resume=not resume, timeout=timeout, device_python=device_python)
     if device:
-        here = {"scenario": scenario != "single-stream", "streams": streams, "batch": batch, "qps": qps, "latency_bound": latency_bound}
-        here |= {"percentile": percentile, "loadgen": loadgen, "pictures": pictures, "affinity": affinity, "allocator": allocator}
-        here |= {"max_width": max_width, "max_seconds": max_seconds, "cold": cold != COLD_STARTS, "against": against, "junit": junit}
         refuse(device, targets=targets, data=data, input=inputs, weights=weights, random_weights=random_weights, seed=seed)
-        refuse(device, markdown=markdown, across_machines=across_machines, **here)
+        refuse(device, scenario=scenario != "single-stream", streams=streams, batch=batch, qps=qps, latency_bound=latency_bound)
+        refuse(device, percentile=percentile, loadgen=loadgen, pictures=pictures, affinity=affinity, allocator=allocator)
+        refuse(device, max_width=max_width, max_seconds=max_seconds, cold=cold != COLD_STARTS, against=against)
+        refuse(device, max_slowdown=max_slowdown != MAX_SLOWDOWN, across_machines=across_machines, junit=junit, markdown=markdown)
         if len(models) != 1:
             raise UsageError(
                 f"--device takes one bundle, not {len(models)}", fix="bench one after the other, and compare what --save wrote"

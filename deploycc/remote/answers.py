@@ -89,6 +89,7 @@ def bench_result(name: str, answer: Mapping[str, Any], probe: Probe, libraries: 
             samples_ns=tuple(taken["samples_ns"]),
             per_round=taken["per_round"],
             warmups=taken["warmups"],
+            stable=taken.get("stable"),
             open_ms=answer["open_ms"],
             first_ms=answer["first_ms"],
             rss_growth_mb=taken["rss_growth_mb"],
@@ -97,7 +98,15 @@ def bench_result(name: str, answer: Mapping[str, Any], probe: Probe, libraries: 
         where = environment(probe, answer, libraries)
         settings = Bench(threads=where.threads, min_seconds=taken["min_seconds"], min_runs=taken["min_runs"])
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        return BenchResult(measurements=(measurement,), baseline=None, environment=where, settings=settings, seed=0, created=created)
+        return BenchResult(
+            measurements=(measurement,),
+            baseline=None,
+            environment=where,
+            settings=settings,
+            observed=answer.get("observed"),  # what the device's kernel saw
+            seed=0,
+            created=created,
+        )
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise BenchError(
             f"the bundle's runner answers another way than this version reads: {error!r}", fix="compile or package the bundle again"

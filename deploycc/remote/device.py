@@ -112,6 +112,7 @@ def environment(probe: Probe, answer: Mapping[str, Any], libraries: Mapping[str,
         python=probe.facts.get("python", "none"),
         libraries={**runtime, **libraries},
         threads=int(answer["threads"]),
+        flags=tuple(sorted(flags)),
         load=float(probe.facts["load"].split()[0]) if "load" in probe.facts else None,
     )
 

@@ -175,7 +175,6 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "warnings": warnings,
     }
     if options.save or options.samples:
-        growth = (cold_peak - before) / 1e6 if before and cold_peak and cold_peak > before else None
         found = record.document(
             about["target"],
             samples,
@@ -185,12 +184,13 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             min_runs=runs,
             open_ms=answer["open_ms"],
             first_ms=answer["first_ms"],
-            rss_growth_mb=growth,
+            rss_growth_mb=(cold_peak - before) / 1e6 if before and cold_peak and cold_peak > before else None,
         )
-        if options.samples:
-            answer["measurement"] = {**found["measurements"][0], "min_seconds": seconds, "min_runs": runs}
         if options.save:
             record.save(options.save, found)
+        if options.samples:
+            extent = {"min_seconds": seconds, "min_runs": runs, "stable": samples.stable}
+            answer["measurement"] = {**found["measurements"][0], **extent}
     memory = "not known" if peak is None else f"{peak / 1e6:.0f} MB, this whole process"
     high = [f"{name} {value:.3f}" for name, value in (("p90", summary.p90), ("p99", summary.p99), ("p99.9", summary.p999)) if value]
     times = f"p50 {summary.p50:.3f} ms ({summary.low:.3f} to {summary.high:.3f}), {', '.join([*high, f'mean {summary.mean:.3f}'])}"

@@ -19,7 +19,7 @@ import numpy as np
 from deploycc.errors import UsageError
 from deploycc.runtime import cuda
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
-from deploycc.runtime.measure import Samples
+from deploycc.runtime.statistics import Samples
 
 SCHEMA_VERSION = 1
 # The extensions that decide which kernels a runtime picks, and the libraries that run models: as in bench/environment.py.

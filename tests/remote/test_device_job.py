@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from local_device import running, with_program
 
-from deploycc.bench import result
+from deploycc.bench import comparison, result
 from deploycc.errors import BenchError, ConnectionLost, DeviceError, DeviceTimeout, Interrupted, MismatchError, StoreError
 from deploycc.package.bundle import write
 from deploycc.remote import answers, scripts
@@ -62,6 +62,9 @@ def test_a_device_gives_the_hosts_statistics_and_keeps_nothing(make_work, local,
     assert bench.environment.arch == item.arch
     assert bench.environment.libraries["onnxruntime"]
     assert bench.environment.python.count(".") == 2
+    assert bench.environment.flags
+    assert bench.observed is not None
+    assert bench.observed.seconds > 0
     assert left(device) == []
 
 
@@ -348,7 +351,7 @@ def test_results_of_two_runs_on_one_device_compare(make_work, local, device, run
     assert first.saved == ((device, tmp_path / "a.json"),)
     calm = [item.finished[0].bench for item in (first, second)]
     assert all(calm)
-    ratio = result.compare(result.load(tmp_path / "a.json"), result.load(tmp_path / "b.json")).ratios["tiny"]
+    ratio = comparison.compare(result.load(tmp_path / "a.json"), result.load(tmp_path / "b.json")).ratios["tiny"]
     assert ratio.low <= ratio.value <= ratio.high
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from deploycc.bench import comparison, result
 from deploycc.bench import environment as hosts
-from deploycc.bench import result
 from deploycc.package.bundle import write
 from deploycc.package.manifest import Contents
 from deploycc.runtime import record
@@ -44,17 +44,14 @@ def test_the_host_reads_and_compares_what_the_device_saved(folder: Path, tmp_pat
     assert found.inputs == {"image": ("float32", (1, 3, 8, 8))}
     assert second.environment.threads == 1
     assert second.settings.min_seconds == 0.05
-    assert set(result.compare(first, second).ratios) == {"tiny-target"}
+    assert set(comparison.compare(first, second).ratios) == {"tiny-target"}
 
 
 def test_the_hosts_own_result_has_the_same_keys(folder: Path, tmp_path: Path):
+    from deploycc.benching import Request, bench_all
     from deploycc.core.target import Bench
-    from deploycc.tools import bench_all
 
-    settings = Bench(threads=1, min_seconds=0.1, min_runs=10)
-    bench_all([str(folder)], data=None, inputs={}, weights=None, random_weights=False, settings=settings, seed=0).save(
-        tmp_path / "host.json"
-    )
+    bench_all(Request([str(folder)], settings=Bench(threads=1, min_seconds=0.1, min_runs=10))).save(tmp_path / "host.json")
     assert main(["bench", "--bundle", str(folder), "--seconds", "0.05", "--save", str(tmp_path / "device.json")]) == 0
     host, device = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("host", "device"))
     assert set(device) <= set(host)
