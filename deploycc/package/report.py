@@ -10,7 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from deploycc.bench.result import Accuracy, Measurement
+from deploycc.bench.measurement import Measurement
+from deploycc.bench.result import Accuracy
 from deploycc.package.manifest import AttemptRecord, LimitCheck, Manifest, ReceiptRecord
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -125,7 +126,7 @@ def _times(manifest: Manifest, name: str) -> dict[str, str]:
     low, high = measurement.interval()
     return {
         "p50": f"{measurement.p50_ms:.2f} [{low:.2f}, {high:.2f}]",
-        "p99": f"{measurement.p99_ms:.2f}",
+        "p99": MISSING if measurement.p99_ms is None else f"{measurement.p99_ms:.2f}",
         "speedup": MISSING if ratio is None else f"{ratio.value:.2f}×",
     }
 
