@@ -68,8 +68,8 @@ def kernels(model: ir.Model, path: Path, sizes: Shapes | None = None) -> list[Ke
     if sizes:
         model = model.clone()
         for value in model.graph.inputs:
-            if value.name in sizes:
-                value.shape = ir.Shape(sizes[value.name])
+            if (value.name or "") in sizes:
+                value.shape = ir.Shape(sizes[value.name or ""])
     shapes = _shapes(_nodes(infer_shapes(model)), model)
     found: list[Kernel] = []
     for node, precision in node_precisions(_optimized(path)):

@@ -83,14 +83,14 @@ def _elements(node: Any) -> int:
     return value.const_value.size if value is not None and value.const_value is not None else 0
 
 
-def _operator(
-    key: Key, events: Sequence[Event], runs: int, known: tuple[Any, Any] | None, filled: Mapping[str, float]
-) -> OperatorTime:
+def _operator(key: Key, events: Sequence[Event], runs: int, known: tuple[Any, Any] | None, filled: Mapping[str, float]) -> OperatorTime:
     calls = len(events) / runs
     milliseconds = float(np.percentile([event["dur"] for event in events], 25)) / 1e3 * calls
     node, precision = known if known else (None, "float")
     last = events[-1]["args"]
-    moved = int(last["activation_size"]) + int(last["output_size"]) + (_constants(node) if node is not None else int(last["parameter_size"]))
+    moved = (
+        int(last["activation_size"]) + int(last["output_size"]) + (_constants(node) if node is not None else int(last["parameter_size"]))
+    )
     macs = None if node is None else _macs(node, last)
     own = None if macs is None else round(macs * calls * filled.get(key[0], 1.0))
     return OperatorTime(*key, precision, milliseconds, calls, own, round(moved * calls))

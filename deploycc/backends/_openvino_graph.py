@@ -29,9 +29,7 @@ MULTIPLY = ("Convolution", "GroupConvolution", "MatMul", "FullyConnected", "LSTM
 PRECISIONS: Mapping[str, Precision] = {"u8": "int8", "i8": "int8", "bf16": "bf16", "f16": "f16"}
 
 
-def compiled(
-    path: Path, precision: str, threads: int = 1, *, timed: bool = False, shapes: Shapes | None = None
-) -> tuple[Any, Any]:
+def compiled(path: Path, precision: str, threads: int = 1, *, timed: bool = False, shapes: Shapes | None = None) -> tuple[Any, Any]:
     """(the model of the file, with `shapes` for its inputs; the model that the plug-in made of it)."""
     import openvino as ov
 

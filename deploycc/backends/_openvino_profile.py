@@ -17,9 +17,7 @@ from deploycc.backends._openvino_graph import Work, compiled, computed
 from deploycc.core.timing import OperatorTime
 
 
-def operators(
-    path: Path, precision: str, threads: int, feeds: Sequence[Mapping[str, np.ndarray]], runs: int
-) -> list[OperatorTime]:
+def operators(path: Path, precision: str, threads: int, feeds: Sequence[Mapping[str, np.ndarray]], runs: int) -> list[OperatorTime]:
     """What one call runs, in order."""
     shapes = {name: array.shape for name, array in feeds[0].items()}
     model, ready = compiled(path, precision, threads, timed=True, shapes=shapes)

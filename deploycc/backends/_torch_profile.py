@@ -16,20 +16,22 @@ from deploycc.core.timing import OperatorTime
 
 HEAVY = re.compile(r"^(aten::(_convolution|conv\w*|linear|addmm|mm|bmm|baddbmm|matmul|scaled_dot\w+)|quantized::(conv|linear)\w*)$")
 CONVERSIONS = ("aten::quantize_per_tensor", "aten::dequantize")
+SET_UP = ("aten::empty", "aten::lift_fresh", "aten::item", "aten::detach")
 FRAME = "forward"  # what TorchScript calls the whole of a model
 
 
 def operators(run: Callable[[], object], runs: int) -> list[OperatorTime]:
     """What one call of `run` computes, in order, over `runs` calls after as many that do not count."""
-    from torch.profiler import ProfilerActivity, profile
+    from torch.autograd import profiler
 
     for _ in range(runs):
         run()
     turns: list[list[Any]] = []
     for _ in range(runs):
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        seen: Any = profiler.profile(use_kineto=False)
+        with seen:  # Kineto looks for GPUs, and says so on stderr
             run()
-        turns.append([event for event in seen.events() if _outermost(event)])
+        turns.append([event for event in seen.function_events if _outermost(event)])
     usual = [event.name for event in turns[0]]
     times = [[event.cpu_time_total for event in turn] for turn in turns if [event.name for event in turn] == usual]
     milliseconds = np.percentile(times, 25, axis=0) / 1e3
@@ -43,9 +45,10 @@ def operators(run: Callable[[], object], runs: int) -> list[OperatorTime]:
 
 
 def _outermost(event: Any) -> bool:
-    """Whether it is an operator of the model, not one that another operator called."""
+    """Whether it is an operator of the model, not one that another operator called, nor one that only sets up a tensor."""
     parent = event.cpu_parent
-    return "::" in event.name and (parent is None or (parent.name == FRAME and parent.cpu_parent is None))
+    outside = parent is None or (parent.name == FRAME and parent.cpu_parent is None)
+    return outside and "::" in event.name and event.name not in SET_UP
 
 
 def _work(run: Callable[[], object], names: list[str]) -> Any:

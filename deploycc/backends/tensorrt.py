@@ -114,7 +114,7 @@ class TensorRt:
         return OnnxSession(emulated(model) if target.runtime.precision == "bf16" else model, built.signature, threads)
 
     def kernels(self, model: Path, runtime: Mapping[str, str], shapes: Shapes | None = None) -> list[Kernel]:
-        """Layers of the engine that TensorRT-RTX builds for compute capability 8.9; none without it. MACs are those of the file's shapes."""
+        """Layers of the engine that TensorRT-RTX builds for compute capability 8.9; none without it. MACs: by the file's shapes."""
         from deploycc.forms.onnx import read
 
         if probing.checker() is None:

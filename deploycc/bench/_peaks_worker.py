@@ -40,7 +40,7 @@ def torch_product(dtype: str) -> Maker:
 
 
 def torch_int8() -> Maker:
-    """oneDNN's u8·s8 → u8 with packed weights, as inductor calls it."""
+    """What oneDNN makes of u8·s8 → u8 with packed weights, as inductor calls it."""
     import torch
 
     operators: Any = torch.ops.onednn
@@ -49,9 +49,7 @@ def torch_int8() -> Maker:
         x = torch.randint(0, 256, (n, n), dtype=torch.uint8)
         packed = operators.qlinear_prepack(torch.randint(-127, 128, (n, n), dtype=torch.int8), [n, n])
         scales, zeros = torch.full((n,), 0.01), torch.zeros(n, dtype=torch.int64)
-        return lambda: operators.qlinear_pointwise(
-            x, 0.01, 3, packed, scales, zeros, None, 0.5, 3, torch.uint8, "none", [], ""
-        )
+        return lambda: operators.qlinear_pointwise(x, 0.01, 3, packed, scales, zeros, None, 0.5, 3, torch.uint8, "none", [], "")
 
     return make
 
@@ -62,7 +60,7 @@ def torch_int_mm() -> Maker:
 
     def make(n: int) -> Call:
         a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8) for _ in range(2))
-        return lambda: torch._int_mm(a, b)
+        return lambda: torch.ops.aten._int_mm(a, b)
 
     return make
 
@@ -110,7 +108,9 @@ def operand(n: int, kind: str) -> Any:
 
 def onnxruntime_product(kind: str, threads: int) -> Maker:
     """ONNX Runtime's CPU provider."""
-    import onnxruntime as ort
+    import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+
+    ort: Any = onnxruntime  # its stubs leave most types out
 
     def make(n: int) -> Call:
         options = ort.SessionOptions()
@@ -125,8 +125,9 @@ def onnxruntime_product(kind: str, threads: int) -> Maker:
 
 def openvino_product(kind: str, precision: str, threads: int) -> Maker:
     """OpenVINO's CPU plug-in; LookupError where it would compute in another precision."""
-    import openvino as ov
+    import openvino
 
+    ov: Any = openvino  # its types are the C++ library's
     core = ov.Core()
     if precision not in ("f32", *core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")):
         raise LookupError(f"OpenVINO has no {precision} on this CPU")

@@ -191,9 +191,7 @@ def measured(threads: int, *, busy: bool = False) -> Peaks:
     settings = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     fix = "use --no-roofline, or mend what is named"
     try:
-        done = subprocess.run(
-            command, env=settings, capture_output=True, text=True, errors="replace", check=False, timeout=TIMEOUT_SECONDS
-        )
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, errors="replace", check=False, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         raise BenchError(f"this machine's peaks were not measured within {TIMEOUT_SECONDS} s", fix="use --no-roofline") from None
     if done.returncode:
