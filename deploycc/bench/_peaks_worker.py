@@ -1,6 +1,6 @@
 """Finds out what this CPU can do, in a process of its own: `python _peaks_worker.py THREADS`, and the answer as JSON.
 
-    products    n·n·n multiply-accumulates by every library that is here, for several n; the fastest call of the fastest of them counts
+    products    (m, k)·(k, n) by every library that is here, for several shapes; the fastest call of the fastest of them counts
     triad       a = b + s·c over arrays of one size (McCalpin's STREAM): 12 bytes for each float32, for several sizes
 
 A process of its own, because libraries fix their number of threads when they are first used, and because torch is no part of what is
@@ -8,6 +8,7 @@ measured. Best of many short calls, in turns: a busy machine makes calls slower,
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SIZES = (256, 512, 768, 1024)
+SHAPES = ((256, 256, 256), (512, 512, 512), (1024, 512, 512), (1024, 512, 1024), (1024, 1024, 1024))  # (m, k, n), smallest first
 ROUNDS, ROUND_SECONDS = 5, 0.02
 STILL_RUNNING = 0.75  # of the best so far: what is slower than this after a round is not called again
 SLOW_CALL = 0.25  # seconds: a product that takes longer is emulated, and no larger one is tried
@@ -24,16 +25,17 @@ LEAST_MEMORY_SET, CACHES = 256 << 20, 4  # times the largest cache, as STREAM de
 TRIADS = 12
 
 Call = Callable[[], Any]
-Maker = Callable[[int], Call]
+Shape = tuple[int, int, int]
+Maker = Callable[[Shape], Call]
 
 
 def torch_product(dtype: str) -> Maker:
     """`torch.mm`: oneDNN or MKL."""
     import torch
 
-    def make(n: int) -> Call:
-        a, b = (torch.randn(n, n).to(getattr(torch, dtype)) for _ in range(2))
-        out = torch.empty_like(a)
+    def make(shape: Shape) -> Call:
+        m, k, n = shape
+        a, b, out = (torch.randn(rows, columns).to(getattr(torch, dtype)) for rows, columns in ((m, k), (k, n), (m, n)))
         return lambda: torch.mm(a, b, out=out)
 
     return make
@@ -45,9 +47,10 @@ def torch_int8() -> Maker:
 
     operators: Any = torch.ops.onednn
 
-    def make(n: int) -> Call:
-        x = torch.randint(0, 256, (n, n), dtype=torch.uint8)
-        packed = operators.qlinear_prepack(torch.randint(-127, 128, (n, n), dtype=torch.int8), [n, n])
+    def make(shape: Shape) -> Call:
+        m, k, n = shape
+        x = torch.randint(0, 256, (m, k), dtype=torch.uint8)
+        packed = operators.qlinear_prepack(torch.randint(-127, 128, (n, k), dtype=torch.int8), [m, k])
         scales, zeros = torch.full((n,), 0.01), torch.zeros(n, dtype=torch.int64)
         return lambda: operators.qlinear_pointwise(x, 0.01, 3, packed, scales, zeros, None, 0.5, 3, torch.uint8, "none", [], "")
 
@@ -58,21 +61,23 @@ def torch_int_mm() -> Maker:
     """s8·s8 → s32."""
     import torch
 
-    def make(n: int) -> Call:
-        a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8) for _ in range(2))
+    def make(shape: Shape) -> Call:
+        m, k, n = shape
+        a, b = (torch.randint(-127, 128, sides, dtype=torch.int8) for sides in ((m, k), (k, n)))
         return lambda: torch.ops.aten._int_mm(a, b)
 
     return make
 
 
-def graph(n: int, kind: str) -> bytes:
+def graph(shape: Shape, kind: str) -> bytes:
     """x·w as an ONNX model: "float", "integer" (u8·s8 → s32) or "qdq" (u8·s8 → u8)."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
+    m, k, n = shape
     rng = np.random.default_rng(0)
-    codes = rng.integers(-127, 128, (n, n)).astype(np.int8)
-    constants: dict[str, Any] = {"w": codes if kind != "float" else rng.standard_normal((n, n)).astype(np.float32)}
+    codes = rng.integers(-127, 128, (k, n)).astype(np.int8)
+    constants: dict[str, Any] = {"w": codes if kind != "float" else rng.standard_normal((k, n)).astype(np.float32)}
     if kind != "float":
         constants |= {"z": np.uint8(128)}
     if kind == "qdq":
@@ -92,18 +97,19 @@ def graph(n: int, kind: str) -> bytes:
     made = helper.make_graph(
         [helper.make_node(operator, inputs, [output]) for operator, inputs, output in nodes],
         "product",
-        [helper.make_tensor_value_info("x", taken, [n, n])],
-        [helper.make_tensor_value_info("y", given, [n, n])],
+        [helper.make_tensor_value_info("x", taken, [m, k])],
+        [helper.make_tensor_value_info("y", given, [m, n])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
 
 
-def operand(n: int, kind: str) -> Any:
+def operand(shape: Shape, kind: str) -> Any:
+    """What it takes."""
     import numpy as np
 
     rng = np.random.default_rng(1)
-    return rng.standard_normal((n, n)).astype(np.float32) if kind == "float" else rng.integers(0, 256, (n, n)).astype(np.uint8)
+    return rng.standard_normal(shape[:2]).astype(np.float32) if kind == "float" else rng.integers(0, 256, shape[:2]).astype(np.uint8)
 
 
 def onnxruntime_product(kind: str, threads: int) -> Maker:
@@ -112,12 +118,12 @@ def onnxruntime_product(kind: str, threads: int) -> Maker:
 
     ort: Any = onnxruntime  # its stubs leave most types out
 
-    def make(n: int) -> Call:
+    def make(shape: Shape) -> Call:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
-        session = ort.InferenceSession(graph(n, kind), options, providers=["CPUExecutionProvider"])
-        feeds = {"x": operand(n, kind)}
+        session = ort.InferenceSession(graph(shape, kind), options, providers=["CPUExecutionProvider"])
+        feeds = {"x": operand(shape, kind)}
         return lambda: session.run(None, feeds)
 
     return make
@@ -134,9 +140,9 @@ def openvino_product(kind: str, precision: str, threads: int) -> Maker:
     hint = {"FP16": "f16", "BF16": "bf16"}.get(precision, "f32")
     settings = {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
 
-    def make(n: int) -> Call:
-        request = core.compile_model(core.read_model(graph(n, kind)), "CPU", settings).create_infer_request()
-        request.set_input_tensor(ov.Tensor(operand(n, kind)))
+    def make(shape: Shape) -> Call:
+        request = core.compile_model(core.read_model(graph(shape, kind)), "CPU", settings).create_infer_request()
+        request.set_input_tensor(ov.Tensor(operand(shape, kind)))
         return request.infer
 
     return make
@@ -180,15 +186,15 @@ def fastest(call: Call, seconds: float, most: int = 1000) -> float:
     return best
 
 
-def opened(makers: dict[str, Callable[[], Maker]], told: dict[str, str]) -> Iterator[tuple[str, int, Call]]:
+def opened(makers: dict[str, Callable[[], Maker]], told: dict[str, str]) -> Iterator[tuple[str, Shape, Call]]:
     """Every product that runs, called once; `told` gets the reason of what does not."""
     for name, find in makers.items():
         try:
             make = find()
-            for size in SIZES:
-                call = make(size)
+            for shape in SHAPES:
+                call = make(shape)
                 call()
-                yield name, size, call
+                yield name, shape, call
                 if fastest(call, 0.0) > SLOW_CALL:
                     break
         except Exception as error:  # noqa: BLE001  each library has its own; without one of them the others count
@@ -199,17 +205,17 @@ def peak(makers: dict[str, Callable[[], Maker]]) -> dict[str, Any]:
     """The best of them in MACs per second, and what each reached."""
     told: dict[str, str] = {}
     running = list(opened(makers, told))
-    found: dict[tuple[str, int], float] = {}
+    found: dict[tuple[str, Shape], float] = {}
     for _ in range(ROUNDS):
-        for name, size, call in running:
-            found[name, size] = max(found.get((name, size), 0.0), size**3 / fastest(call, ROUND_SECONDS))
+        for name, shape, call in running:
+            found[name, shape] = max(found.get((name, shape), 0.0), math.prod(shape) / fastest(call, ROUND_SECONDS))
         best = max(found.values(), default=0.0)
         running = [item for item in running if found[item[:2]] >= STILL_RUNNING * best]
     if not found:
-        return {"macs": None, "library": "", "size": 0, "others": told}
-    name, size = max(found, key=lambda key: found[key])
+        return {"macs": None, "library": "", "shape": None, "others": told}
+    name, shape = max(found, key=lambda key: found[key])
     each = {name: f"{max(value for (other, _), value in found.items() if other == name) / 1e9:.4g} GMAC/s" for name, _ in found}
-    return {"macs": found[name, size], "library": name, "size": size, "others": {**each, **told}}
+    return {"macs": found[name, shape], "library": name, "shape": shape, "others": {**each, **told}}
 
 
 def bandwidth(total: int) -> float:

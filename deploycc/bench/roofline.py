@@ -51,13 +51,13 @@ class Peak(_Table):
     Attributes:
         macs: multiply-accumulates per second; None where no library multiplies in this precision here.
         library: whose it is.
-        size: n of the n·n by n·n product.
+        shape: (m, k, n) of the product.
         others: what every library reached, or why it did not run.
     """
 
     macs: float | None
     library: str
-    size: int
+    shape: tuple[int, int, int] | None
     others: dict[str, str]
 
 
