@@ -145,9 +145,9 @@ def _reason(node: Any, reasons: Mapping[str, str]) -> str:
 
 
 def _fill_shapes(node: Any, shapes: Mapping[str | None, Any]) -> None:
-    """Give a node of the optimized graph the shapes of the tensors it kept from the original."""
+    """Give a node of the optimized graph the shapes of the tensors it kept from the original, which may know more of their axes."""
     for value in (*node.inputs, *node.outputs):
-        if value is None or value.shape is not None:
+        if value is None or (value.shape is not None and value.shape.is_static()):
             continue
         if value.const_value is not None:
             value.shape = value.const_value.shape

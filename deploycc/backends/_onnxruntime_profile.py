@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,27 @@ def operators(model: Path, feeds: Sequence[Mapping[str, np.ndarray]], threads: i
 
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "optimized.onnx"
-        events = events_of(model, feeds, threads, 2 * runs, graph)
+        events = events_of(_named(model, Path(folder) / "named"), feeds, threads, 2 * runs, graph)
         optimized = ir.load(graph)
         nodes = {(node.name or "", node.op_type): (node, precision) for node, precision in node_precisions(optimized)}
         filled = _filled(model, [node for node, _ in nodes.values()])
         return [_operator(key, found[len(found) // 2 :], runs, nodes.get(key), filled) for key, found in by_operator(events).items()]
+
+
+def _named(model: Path, folder: Path) -> Path:
+    """The file, or a copy in which every operator has a name of its own: the profile knows operators by nothing else."""
+    from deploycc.forms.onnx import graphs, read, write
+
+    loaded = read(model)
+    nodes = [node for inner in graphs(loaded) for node in inner]
+    known = Counter(node.name or "" for node in nodes)
+    unnamed = [node for node in nodes if not node.name or known[node.name] > 1]
+    if not unnamed:
+        return model
+    for index, node in enumerate(unnamed):
+        node.name = f"{node.name or node.op_type}.{index}"
+    folder.mkdir()
+    return write(loaded, folder)
 
 
 def _filled(model: Path, nodes: Sequence[Any]) -> dict[str, float]:

@@ -109,8 +109,13 @@ def heavy_calls(run: Callable[[], object]) -> list[HeavyCall]:
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
             formula = formulas.get(func._overloadpacket)
+            if formula is None:
+                with self:
+                    inside = func.decompose(*args, **(kwargs or {}))  # as torch's counter does: conv2d is made of convolution
+                if inside is not NotImplemented:
+                    return inside
+            result = func(*args, **(kwargs or {}))
             if formula is not None:
                 given = tree_leaves((args, kwargs, result))
                 tensors = [value for value in given if isinstance(value, torch.Tensor)]
