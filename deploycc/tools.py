@@ -88,8 +88,8 @@ def _verified(folder: Path, key: Path | None) -> dict[str, Any]:
     if loaded.file("golden") is None:
         checks.append("no golden outputs to compare (compiled without data)")
     else:
-        golden = bundles.read_golden(loaded)
-        with bundles.open_session(loaded, 1) as session:
+        golden, wanted = bundles.read_golden(loaded), loaded.manifest["target"].get("bench", {}).get("threads", 1)
+        with bundles.open_session(loaded, min(wanted, available_cores())) as session:
             worst = bundles.check_golden(golden, session)
         distances = ", ".join(f"{name}: {value:.3g} of {golden.atol.get(name, 0.0):.3g} allowed" for name, value in worst.items())
         checks.append(f"{len(golden.feeds)} golden outputs ({distances})")

@@ -19,7 +19,7 @@ from deploycc.backends import _tensorrt_settings as settings
 from deploycc.backends._tensorrt_settings import OLDEST, is_version_8
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, enforce
-from deploycc.core.kernels import Kernel
+from deploycc.core.kernels import Kernel, Shapes
 from deploycc.core.target import Engine, Target
 from deploycc.errors import UnsupportedError
 from deploycc.runtime import cuda
@@ -114,8 +114,8 @@ class TensorRt:
         model = read(path)
         return OnnxSession(emulated(model) if target.runtime.precision == "bf16" else model, built.signature, threads)
 
-    def kernels(self, model: Path, runtime: Mapping[str, str]) -> list[Kernel]:
-        """Layers of the engine that TensorRT-RTX builds for compute capability 8.9; none without it."""
+    def kernels(self, model: Path, runtime: Mapping[str, str], shapes: Shapes | None = None) -> list[Kernel]:
+        """Layers of the engine that TensorRT-RTX builds for compute capability 8.9; none without it. MACs: by the file's shapes."""
         from deploycc.forms.onnx import read
 
         if probing.checker() is None:

@@ -58,6 +58,7 @@ def bench(
     max_width: Annotated[str | None, typer.Option(help="Go on until half of every 95 % interval is under this share: 1%.")] = None,
     max_seconds: Annotated[float | None, typer.Option(min=0.1, help="Stop timing after this (with --max-width: default 120).")] = None,
     cold: Annotated[int, typer.Option(min=0, help="Fresh processes per candidate, for cold starts and memory.")] = COLD_STARTS,
+    roofline: Annotated[bool, typer.Option(help="Show what share of this machine's peaks each candidate reaches.")] = True,
     seed: Seed = 0,
     save: Annotated[Path | None, typer.Option(help="Write the raw samples and the environment as JSON.")] = None,
     against: Annotated[Path | None, typer.Option(help="A saved result: exit 3 where this one is slower.")] = None,
@@ -121,6 +122,8 @@ def bench(
         result = _shoot_out(models, targets, data, inputs, weights, random_weights, settings, queries, loadgen, pictures, seed, json)
     else:
         result = _bench(models, data, inputs, weights, random_weights, settings, queries, loadgen, pictures, seed, cold)
+        if roofline:
+            result = _with_roofs(result, inputs, weights, random_weights)
         if json:
             emit(result.model_dump(mode="json"))
         else:
@@ -197,6 +200,19 @@ def _bench(
     )
     with progress_bar() as progress:
         return bench_all(request, progress)
+
+
+def _with_roofs(result: BenchResult, inputs: list[str] | None, weights: Path | None, random_weights: bool) -> BenchResult:
+    """Shares of the peaks; where these cannot be measured, that is said, and the result stays as it is."""
+    from deploycc import profiling
+    from deploycc.errors import BenchError
+    from deploycc.planning import parse_shapes
+
+    try:
+        return profiling.with_roofs(result, inputs=parse_shapes(inputs or []), weights=weights, random_weights=random_weights)
+    except BenchError as error:
+        print(f"note: {error.what}", file=sys.stderr)
+        return result
 
 
 def _shoot_out(

@@ -50,6 +50,7 @@ class Dialect:
         splits_gates: HardSwish and HardSigmoid are written as an Add and a Mul (`_gates`).
         own_dequantize: a float Conv or Gemm behind integers needs a DQ of its own, with its scale repeated for every channel.
         holds_pairs: two neighbouring input channels meet in one product, in the weights' own order (`_held_pairs`).
+        pairs_within_taps: with an odd number of channels, the last of a tap meets none; else the first of the next tap, as `_madd` has it.
     """
 
     light: frozenset[str] = frozenset()
@@ -58,6 +59,7 @@ class Dialect:
     splits_gates: ClassVar[bool] = False
     own_dequantize: ClassVar[bool] = False
     holds_pairs: ClassVar[bool] = False
+    pairs_within_taps: ClassVar[bool] = False
 
     def __init__(self, quant: Quant) -> None:
         self.quant = quant
@@ -155,9 +157,16 @@ class OnnxRuntime(Dialect):
 
 
 class OpenVino(Dialect):
-    """OpenVINO's CPU plug-in (2024 and later)."""
+    """OpenVINO's CPU plug-in (2024 and later).
+
+    On CPUs without VNNI oneDNN's kernels add pairs of products in int16, as ONNX Runtime's do (`_madd`), int8 activations too, which it
+    shifts to uint8. Seen bit by bit in 2026.4 held to AVX2 and to AVX-512 without VNNI: Conv, grouped and depthwise, MatMul; and all of
+    EfficientNet-Lite0 with pairs held answers the same bits there as on VNNI.
+    """
 
     light = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "Concat"})
+    holds_pairs = True
+    pairs_within_taps = True
     float_only: ClassVar[Mapping[str, str]] = {
         "ConvTranspose": "deploycc does not quantize it for OpenVINO",
         **RECURRENT,

@@ -98,6 +98,7 @@ class How:
     keep_sums: bool
     correct_bias: bool
     hold_pairs: bool = False
+    pairs_within_taps: bool = False
 
 
 Codes = tuple[np.ndarray, np.ndarray]  # scales, and whole numbers
@@ -279,7 +280,7 @@ class Writer:
             raise ValueError(f"{weight.name} is not constant")
         array = weight.const_value.numpy()
         channels = array.shape[axis]
-        holds = self.how.hold_pairs and _may_hold(node, array.shape, self.quant)
+        holds = self.how.hold_pairs and _may_hold(node, array.shape, self.quant, within_taps=self.how.pairs_within_taps)
         same = (node.name, weight.name, holds, self.quant.reduce_range, x_scale if bias is not None else None)
         if same not in self._known:
             self._known[same] = self._codes(node, array, axis, bias, x_scale, holds=holds)
@@ -370,15 +371,16 @@ def _group(node: ir.Node) -> int:
     return node.attributes["group"].as_int() if "group" in node.attributes else 1
 
 
-def _may_hold(node: ir.Node, shape: tuple[int, ...], quant: Quant) -> bool:
+def _may_hold(node: ir.Node, shape: tuple[int, ...], quant: Quant, *, within_taps: bool) -> bool:
     """Whether codes may be as large as 127 though u8×s8 pairs saturate: held in pairs, or, depthwise, in a kernel that widens.
 
-    Kernels over few channels keep the sums of their taps instead, in seven bits.
+    Kernels over few channels keep the sums of their taps instead, in seven bits. So do those over an odd number of channels where pairs
+    end with a tap: `_held_pairs` knows the other order.
     """
     if not (quant.reduce_range and quant.per_channel and quant.weights == "int8" and quant.activations == "uint8"):
         return False
     depthwise = node.op_type == "Conv" and shape[1] == 1 and shape[0] == _group(node)
-    return depthwise or len(shape) == 2 or shape[1] > FEW_CHANNELS
+    return depthwise or len(shape) == 2 or (shape[1] > FEW_CHANNELS and not (within_taps and shape[1] % 2))
 
 
 def _channel_axis(node: ir.Node) -> int:
