@@ -25,6 +25,7 @@ from deploycc.core.target import Bench, Target
 from deploycc.decision import EAGER
 from deploycc.errors import DeployError, Interrupted, TargetError, UsageError
 from deploycc.package.bundle import Bundle, check_destination, place
+from deploycc.package.race import Entry, Race
 from deploycc.planning import Options
 from deploycc.runtime import bundle as bundles
 from deploycc.runtime.machine import cpu_flags
@@ -43,6 +44,7 @@ class Contest:
         refused: (target, reason) for those that could not be compiled.
         bench: every shipped artifact, and eager PyTorch where the model is a torch module, interleaved.
         best: the result that was kept.
+        race: how they stood to each other; the bundle keeps it, too.
         bundle: its bundle.
         seconds: wall time.
     """
@@ -51,6 +53,7 @@ class Contest:
     refused: tuple[tuple[str, str], ...]
     bench: BenchResult
     best: driver.Compiled
+    race: Race
     bundle: Bundle
     seconds: float
 
@@ -141,12 +144,13 @@ def run(
         say(f"timing {', '.join(result.plan.target.name for result in compiled)} in turns …")
         bench = _race(compiled, race or compiled[0].plan.target.bench, options.seed, progress)
         best = choose(compiled, bench)
-        bundle = place(best.bundle.folder, options.output, zipped=options.zip)
+        race = Race(entries=entries(compiled, bench, best), refused=tuple(refused), bench=bench)
+        bundle = place(best.bundle.folder, options.output, zipped=options.zip, race=race)
     if interrupted is not None:
         raise Interrupted(
             f"stopped by the user; the best of {len(compiled)} targets ({best.plan.target.name}) is in {bundle.folder}", fix=interrupted.fix
         )
-    return Contest(tuple(compiled), tuple(refused), bench, best, bundle, time.monotonic() - started)
+    return Contest(tuple(compiled), tuple(refused), bench, best, race, bundle, time.monotonic() - started)
 
 
 def shoot_out(
@@ -182,6 +186,30 @@ def _race(compiled: Sequence[driver.Compiled], settings: Bench, seed: int, progr
         own = driver.real_feeds(result.plan.data, result.shipped.artifact, seed)
         candidates.append(Candidate(result.plan.target.name, lambda loaded=loaded: bundles.open_session(loaded, settings.threads), own))
     return measure(candidates, settings=settings, baseline=candidates[0].name, seed=seed, progress=progress)
+
+
+def entries(compiled: Sequence[driver.Compiled], bench: BenchResult, best: driver.Compiled) -> tuple[Entry, ...]:
+    """Eager PyTorch, where it was timed, with the float reference's accuracy; then every target."""
+    found = [_entry(result, result is best) for result in compiled]
+    if bench.baseline != EAGER:
+        return tuple(found)
+    reference = compiled[0].outcome.parent.accuracy
+    return (Entry(name=EAGER, metric=reference.reference if reference else None), *found)
+
+
+def _entry(result: driver.Compiled, best: bool) -> Entry:
+    attempt, accuracy = result.shipped, result.shipped.accuracy
+    return Entry(
+        name=result.plan.target.name,
+        best=best,
+        ships="int8" if attempt.artifact.quant else "float",
+        bytes=attempt.bytes,
+        metric_name=accuracy.metric if accuracy else None,
+        metric=accuracy.candidate if accuracy else None,
+        agreement=accuracy.agreement if accuracy else None,
+        sqnr_db=accuracy.sqnr_db if accuracy else None,
+        int8_macs=attempt.built.coverage.int8_macs,
+    )
 
 
 def choose(compiled: Sequence[driver.Compiled], bench: BenchResult) -> driver.Compiled:

@@ -37,6 +37,7 @@ from deploycc.core.timing import Profiles
 from deploycc.decision import COMPILED, EAGER, FLOAT, Attempt, Outcome, best, check_limits, decide
 from deploycc.errors import DataNeeded, DeployError, Interrupted, MissingDependency, UsageError
 from deploycc.forms.module import example_feeds
+from deploycc.layers import FloatGraphs
 from deploycc.package.bundle import Bundle, check_destination, write
 from deploycc.package.manifest import AttemptRecord, Contents, LimitCheck, record_attempt
 from deploycc.planning import Options, Plan, capture, command_line, declared_transform, find_source, plan
@@ -203,7 +204,8 @@ class _Job:
         self.options = options
         self.context = context
         self.store = _store(options)
-        self.observers: list[Observer] = [Verify(), Announce()]
+        self.floats = FloatGraphs()
+        self.observers: list[Observer] = [Verify(), Announce(), self.floats]
         if distributed.is_main():
             self.observers += [Latency(planned.backend if planned.native else None), Quality()]
         if options.dump and distributed.is_main():
@@ -282,17 +284,21 @@ class _Job:
             outputs = [session.run(item) for item in feeds]
         records = [_record(FLOAT, outcome.parent), *(_record(_rung(index), item) for index, item in enumerate(outcome.attempts))]
         everything = [outcome.parent, *outcome.attempts]
+        layers, layer_ms = self.floats.layers(
+            shipped.artifact, shipped.built, self.planned.backend, self.context, native=self.planned.native
+        )
         chosen = next(index for index, item in enumerate(everything) if item is shipped)
         return Contents(
             target=self.planned.target,
             artifact=shipped.artifact,
             built=shipped.built,
-            shipped=records[chosen].model_copy(update={"name": outcome.decision.shipped}),
+            shipped=records[chosen].model_copy(update={"name": outcome.decision.shipped, "layers": layers}),
             others=[record for index, record in enumerate(records) if index != chosen],
             decision=outcome.decision,
             detail=outcome.detail,
             limits=limits,
             bench=outcome.bench,
+            layer_ms=layer_ms,
             feeds=feeds,
             outputs=outputs,
             seed=self.options.seed,

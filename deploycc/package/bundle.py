@@ -27,6 +27,7 @@ from deploycc.core.artifact import QuantInfo
 from deploycc.core.store import file_digest
 from deploycc.errors import StoreError
 from deploycc.package.manifest import Contents, FileEntry, Manifest, describe
+from deploycc.package.race import Race
 from deploycc.package.report import render
 from deploycc.runtime.bundle import MANIFEST, Golden, write_golden
 
@@ -75,12 +76,18 @@ def write(out: Path, contents: Contents, *, zipped: bool = False) -> Bundle:
     return _written(out, lambda work: _fill(work, contents), zipped=zipped)
 
 
-def place(folder: Path, out: Path, *, zipped: bool = False) -> Bundle:
-    """A copy of the bundle in `folder` at `out` (and `out`.zip), in place of an older bundle of that name. Raises like `write`."""
+def place(folder: Path, out: Path, *, zipped: bool = False, race: Race | None = None) -> Bundle:
+    """A copy of the bundle in `folder` at `out` (and `out`.zip), in place of an older bundle of that name; it tells of the `race` it won.
+
+    Raises like `write`.
+    """
 
     def copied(work: Path) -> Manifest:
         shutil.copytree(folder, work, dirs_exist_ok=True)
-        return Manifest.model_validate_json((work / MANIFEST).read_text(encoding="utf-8"))
+        manifest = Manifest.model_validate_json((work / MANIFEST).read_text(encoding="utf-8"))
+        if race is None:
+            return manifest
+        return _reported(work, manifest.model_copy(update={"measured": manifest.measured.model_copy(update={"race": race})}))
 
     return _written(out, copied, zipped=zipped)
 
@@ -154,6 +161,11 @@ def _fill(work: Path, contents: Contents) -> Manifest:
     roles[RUNNER] = "runner"
     manifest = describe(contents)
     manifest = manifest.model_copy(update={"files": tuple(_entry(work, name, role) for name, role in roles.items())})
+    return _reported(work, manifest)
+
+
+def _reported(work: Path, manifest: Manifest) -> Manifest:
+    """Write report and manifest: whatever else there is, is written."""
     (work / REPORT).write_text(render(manifest), encoding="utf-8")
     run = manifest.measured.model_copy(update={"files": (_entry(work, REPORT, "report"),)})
     manifest = manifest.model_copy(update={"measured": run}).sealed()
