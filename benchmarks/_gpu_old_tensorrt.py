@@ -20,7 +20,8 @@ from _gpu_peaks import Peak, share
 from _gpu_rows import Way, brief, failed
 
 from deploycc.backends.tensorrt import TensorRt
-from deploycc.runtime.measure import Samples, instability, summarize
+from deploycc.runtime.doubts import instability
+from deploycc.runtime.statistics import Samples, summarize
 from deploycc.runtime.tensorrt_engine import Recipe
 
 BY = "TensorRT 8"

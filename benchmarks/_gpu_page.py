@@ -24,7 +24,7 @@ HEADER = (
 TITLE = "# What an NVIDIA GPU does with the same networks, every way that the machine allows"
 EXPLAINED = (
     "Times are those of CUDA events: what a call takes on the GPU, its waits for the CPU included; inputs lie there already. One "
-    "interleaved run for each network and batch; brackets are 95 % bootstrap intervals of the median. `of peak`: 2 × MACs ÷ time ÷ "
+    "interleaved run for each network and batch; brackets are 95 % intervals of the median. `of peak`: 2 × MACs ÷ time ÷ "
     "the best matrix product measured here in that type, though not every operator is in that type. SQNR and agreement: with the "
     "float graph in ONNX Runtime on the CPU; `of its file`: with the same file there. `with copies`: the bundle's session from and "
     "to the CPU's memory, by the CPU's clock. `fp8` is the int8 file rewritten with the same ranges: its time means something, its "

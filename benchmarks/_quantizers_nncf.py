@@ -87,7 +87,8 @@ def run(job):
     import openvino
 
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from deploycc.runtime.measure import ratio_of_medians, summarize, time_interleaved
+    from deploycc.runtime.measure import time_interleaved
+    from deploycc.runtime.statistics import ratio_of_medians, summarize
 
     calls = read_calls(job["calls"])
     hints = {"INFERENCE_NUM_THREADS": job["threads"], "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -111,7 +112,8 @@ def run(job):
         min_seconds=MIN_SECONDS,
         min_runs=MIN_RUNS,
     )
-    found = {"p50_ms": summarize(samples["openvino"]).p50, "ratio": ratio_of_medians(samples["openvino"], samples["baseline"])}
+    ratio = ratio_of_medians(samples["openvino"], samples["baseline"])
+    found = {"p50_ms": summarize(samples["openvino"]).p50, "ratio": (ratio.value, ratio.low, ratio.high)}
     Path(job["times"]).write_text(json.dumps(found), encoding="utf-8")
 
 

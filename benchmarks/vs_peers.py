@@ -14,7 +14,7 @@ EfficientNet-Lite0 has its ImageNet weights and goes through the gate as shipped
     x86-fbgemm                 likewise
 
 A bundle counts only if int8 is what it ships: the decision is deploycc's own, nothing is forced. Every quantizer is calibrated on the
-same photos. Ratios are of medians, paired by round, with 95 % bootstrap intervals. Exit status 1 when a bar is not met.
+same photos. Ratios are of medians, paired by round, with 95 % intervals. Exit status 1 when a bar is not met.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from deploycc.core.data import Batch, paired_batches
 from deploycc.core.target import Bench
 from deploycc.demo import Photos
 from deploycc.planning import Options
-from deploycc.runtime.measure import Samples, ratio_of_medians
+from deploycc.runtime.statistics import Ratio, Samples, ratio_of_medians
 
 NAME = "vs_peers"
 WITHIN_STATIC = 1.03
@@ -90,8 +90,8 @@ def compile_cost(photos: Photos, out: Path, cache: Path) -> Cost:
     return Cost(time.monotonic() - begin, usage.ru_maxrss / 2**20)
 
 
-def start_share(pairs: int) -> tuple[float, float, float]:
-    """(value, low, high) of the time of `deploycc --help` over that of `import torch`, both in fresh processes, in turns."""
+def start_share(pairs: int) -> Ratio:
+    """The time of `deploycc --help` over that of `import torch`, both in fresh processes, in turns."""
     commands = (["-m", "deploycc.cli", "--help"], ["-c", "import torch"])
     times = np.empty((2, pairs + 1), np.int64)
     for index in range(pairs + 1):
@@ -139,9 +139,7 @@ def faster_static(bench: BenchResult, model: str) -> str:
     return min((ORT_STATIC, ORT_STATIC_OURS), key=lambda peer: bench.get(label(model, peer)).p50_ms)
 
 
-def bars(
-    lineups: Sequence[Lineup], bench: BenchResult, judged: Mapping[str, Accuracy], cost: Cost, start: tuple[float, float, float]
-) -> list[Bar]:
+def bars(lineups: Sequence[Lineup], bench: BenchResult, judged: Mapping[str, Accuracy], cost: Cost, start: Ratio) -> list[Bar]:
     """Every bar of the issue."""
     found: list[Bar] = []
     for lineup in lineups:
@@ -159,7 +157,7 @@ def bars(
         if model in FBGEMM_MODELS:
             found.append(over_eager(lineup, bench, FBGEMM, FBGEMM_OVER_EAGER))
     agreement = judged[OURS].agreement or 0.0
-    value, low, high = start
+    value, low, high = start.value, start.low, start.high
     return [
         *found,
         Bar(f"{REAL}: agreement with float ≥ {AGREEMENT:.0%}", f"{agreement:.1%} of {judged[OURS].samples}", agreement >= AGREEMENT),
@@ -278,7 +276,7 @@ def main() -> int:
         "environment": bench.environment.model_dump(mode="json"),
         "bars": list(map(asdict, verdicts)),
         "compile": asdict(cost),
-        "start": start,
+        "start": (start.value, start.low, start.high),
         "static": {lineup.name: faster_static(bench, lineup.name) for lineup in lineups},
         "rows": [row for lineup in lineups for row in rows(lineup, bench, judged if lineup.name == REAL else {})],
         "warnings": bench.warnings(),

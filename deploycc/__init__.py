@@ -40,12 +40,19 @@ def plan(model: Any, **options: Any) -> Plan:
     return planning.plan(model, planning.options(**options))
 
 
-def benchmark(*models: str, data: str | None = None, threads: int = 1, seed: int = 0) -> BenchResult:
-    """Latencies of bundles and models in one interleaved run; the first is the baseline. Raises DeployError."""
-    from deploycc import tools
+def benchmark(*models: str, data: str | None = None, threads: int = 1, seed: int = 0, **options: Any) -> BenchResult:
+    """Latencies of bundles and models in one interleaved run; the first is the baseline.
+
+    `options` are the other fields of `deploycc.benching.Request`, such as scenario=Scenario(kind="multi-stream", streams=2).
+
+    Raises:
+        DeployError: what, where and how to fix.
+    """
+    from deploycc.benching import Request, bench_all
     from deploycc.core.target import Bench
 
-    return tools.bench_all(models, data=data, inputs={}, weights=None, random_weights=False, settings=Bench(threads=threads), seed=seed)
+    options.setdefault("settings", Bench(threads=threads))
+    return bench_all(Request(models, data=data, seed=seed, **options))
 
 
 def restore(path: str, module: Any = None) -> Any:

@@ -17,7 +17,7 @@ from deploycc import manual
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from deploycc.bench.result import BenchResult, Comparison
+    from deploycc.bench.result import BenchResult
     from deploycc.core.artifact import Receipt
     from deploycc.decision import Attempt
     from deploycc.driver import Compiled
@@ -87,8 +87,10 @@ def count(value: int | None) -> str:
     return str(value)
 
 
-def milliseconds(value: float) -> str:
+def milliseconds(value: float | None) -> str:
     """Three significant digits."""
+    if value is None:
+        return DASH
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
@@ -145,7 +147,7 @@ def candidates_table(result: Compiled) -> Table:
             marked,
             size(row["bytes"]) if row["bytes"] is not None else DASH,
             interval(row["p50_ms"]),
-            milliseconds(row["p99_ms"]) if row["p99_ms"] is not None else DASH,
+            milliseconds(row["p99_ms"]),
             f"{ratio[0]:.2f}× [{ratio[1]:.2f}, {ratio[2]:.2f}]" if ratio else DASH,
             f"{row['metric']} {row['value']:.4g}" if row["value"] is not None else DASH,
             percent(row["agreement"]),
@@ -305,27 +307,6 @@ def plan_json(plan: Plan, model: str) -> dict[str, Any]:
         "data": {role: len(plan.data.part(role)) for role in ("calibration", "validation", "training") if plan.data.has(role)},
         "notes": list(plan.data.notes),
     }
-
-
-def bench_table(result: BenchResult) -> Table:
-    """One row per candidate; the first is the baseline."""
-    threads = result.settings.threads
-    table = table_of("candidate", "p50 ms [95 %]", "p90", "p99", "runs", "cold ms", "memory", f"speed-up over {result.baseline}", left=1)
-    table.title = f"{result.environment.cpu_model}, {threads} thread{'s' if threads > 1 else ''}"
-    for item in result.measurements:
-        ratio = str(result.ratio(item.name)) if item.name != result.baseline else "baseline"
-        memory = f"+{item.rss_growth_mb:.0f} MB" if item.rss_growth_mb is not None else DASH
-        figures = (milliseconds(item.p90_ms), milliseconds(item.p99_ms), str(item.summary.runs), milliseconds(item.cold_ms))
-        table.add_row(item.name, interval((item.p50_ms, *item.interval())), *figures, memory, ratio)
-    return table
-
-
-def comparison_table(found: Comparison) -> Table:
-    """Speed-up of the second result over the first."""
-    table = table_of("candidate", "speed-up of the second", left=1)
-    for name, ratio in found.ratios.items():
-        table.add_row(name, str(ratio))
-    return table
 
 
 def prediction(found: Mapping[str, Any]) -> Any:

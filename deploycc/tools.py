@@ -6,25 +6,21 @@ import importlib.util
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from deploycc import __version__
-from deploycc.bench.harness import Candidate, measure
-from deploycc.bench.result import BenchResult
 from deploycc.core import target as targets
-from deploycc.core.artifact import Artifact, Feeds, Form
-from deploycc.core.contract import ModelRequest, Progress, Session, silent
-from deploycc.core.data import Data
+from deploycc.core.artifact import Artifact, Form
+from deploycc.core.contract import ModelRequest
 from deploycc.core.kernels import Maps
 from deploycc.core.registry import BACKENDS, FORMS
-from deploycc.core.target import Bench
-from deploycc.errors import DeployError, UsageError
-from deploycc.planning import find_source, open_dataset
+from deploycc.errors import DeployError
+from deploycc.planning import find_source
 from deploycc.runtime import bundle as bundles
-from deploycc.runtime import cuda, host, sessions
+from deploycc.runtime import cuda, host
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
 
 Shapes = Mapping[str, tuple[int | str, ...]]
@@ -45,71 +41,6 @@ def load_model(text: str, inputs: Shapes, weights: Path | None, random_weights: 
     """Capture a model. Raises SourceError and UsageError."""
     request = ModelRequest(text=text, weights=weights, random_weights=random_weights, inputs=inputs, seed=seed)
     return find_source(text).load(request)
-
-
-def bench_all(
-    models: Sequence[str],
-    *,
-    data: str | None,
-    inputs: Shapes,
-    weights: Path | None,
-    random_weights: bool,
-    settings: Bench,
-    seed: int,
-    progress: Progress = silent,
-) -> BenchResult:
-    """Latencies of bundles and models in one interleaved run; the first is the baseline."""
-    if len(set(models)) != len(models):
-        raise UsageError("a model is named twice", fix="name each once; a model against itself says how noisy the machine is, not more")
-    samples = Data(open_dataset(data), seed=seed) if data else None
-    with tempfile.TemporaryDirectory() as work:
-        candidates = [
-            _candidate(text, inputs, weights, random_weights, settings, samples, seed, Path(work) / str(index))
-            for index, text in enumerate(models)
-        ]
-        return measure(candidates, settings=settings, baseline=models[0], seed=seed, progress=progress)
-
-
-def _candidate(
-    text: str,
-    inputs: Shapes,
-    weights: Path | None,
-    random_weights: bool,
-    settings: Bench,
-    samples: Data | None,
-    seed: int,
-    work: Path,
-) -> Candidate:
-    if is_bundle(text):
-        loaded = bundles.load(Path(text))
-        host.check_host(loaded.manifest)
-        return Candidate(text, lambda: bundles.open_session(loaded, settings.threads), _bundle_feeds(loaded, seed))
-    artifact = load_model(text, inputs, weights, random_weights, seed)
-    return Candidate(text, _opener(artifact, settings.threads, work), _feeds(artifact, samples, seed))
-
-
-def _opener(artifact: Artifact, threads: int, work: Path) -> Callable[[], Session]:
-    """An ONNX model opens in the runtime that ships it, fully optimized; a torch model runs eagerly."""
-    if artifact.form is not Form.ONNX:
-        return lambda: FORMS.get(artifact.form.value).open(artifact, threads=threads)
-    work.mkdir()
-    FORMS.get(Form.ONNX.value).save(artifact, work)
-    path = next(path for path in sorted(work.iterdir()) if path.suffix == ".onnx")
-    return lambda: sessions.find("onnxruntime").open(path, artifact.signature, {}, threads)
-
-
-def _feeds(artifact: Artifact, samples: Data | None, seed: int) -> Sequence[Feeds]:
-    from deploycc.forms.module import example_feeds
-
-    return (samples.probe(artifact, 8) if samples else []) or [example_feeds(artifact.signature, seed=seed)]
-
-
-def _bundle_feeds(loaded: bundles.LoadedBundle, seed: int) -> Sequence[Feeds]:
-    from deploycc.forms.module import example_feeds
-
-    if loaded.file("golden") is None:
-        return [example_feeds(loaded.signature, seed=seed)]
-    return bundles.read_golden(loaded).feeds
 
 
 def predict(folder: Path, file: Path, *, top: int, threads: int) -> dict[str, Any]:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from deploycc.bench.environment import capture
-from deploycc.bench.result import Accuracy, BenchResult, Measurement
+from deploycc.bench.measurement import Measurement
+from deploycc.bench.result import Accuracy, BenchResult
 from deploycc.core.target import Bench
+from deploycc.runtime.statistics import Ratio
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 MS = 1_000_000
@@ -103,7 +105,7 @@ def verdicts(vs_peers, ours_ms, *, int8=True, agreement=0.97, seconds=30.0, gib=
                         sqnr_db=20.0, max_abs=0.1, samples=165, labelled=0)  # fmt: skip
     lineup = vs_peers.Lineup(vs_peers.REAL, None, None, (), {vs_peers.OURS: int8, vs_peers.FBGEMM: True})
     cost = vs_peers.Cost(seconds, gib)
-    bars = vs_peers.bars([lineup], measured(vs_peers, times), {vs_peers.OURS: accuracy}, cost, (start, start, start))
+    bars = vs_peers.bars([lineup], measured(vs_peers, times), {vs_peers.OURS: accuracy}, cost, Ratio(start, start, start))
     return [bar.passed for bar in bars]
 
 

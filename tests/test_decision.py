@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from deploycc.bench.environment import capture
-from deploycc.bench.result import Accuracy, BenchResult, Measurement, Verdict
+from deploycc.bench.measurement import Measurement
+from deploycc.bench.result import Accuracy, BenchResult, Verdict
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Built, Coverage
 from deploycc.core.target import Bench

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from deploycc.bench.environment import capture
-from deploycc.bench.result import BenchResult, Measurement
+from deploycc.bench.measurement import Measurement
+from deploycc.bench.result import BenchResult
 from deploycc.core.pipeline import Pipeline
 from deploycc.core.target import Bench
 from deploycc.errors import DataError, UsageError

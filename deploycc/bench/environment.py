@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from deploycc.bench import process
 from deploycc.runtime import cuda
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
 
@@ -19,10 +21,21 @@ ISA = (
     *("asimd", "asimdhp", "fphp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
 )
 LIBRARIES = ("numpy", "torch", "torchvision", "onnx", "onnx-ir", "onnxruntime", "openvino", "executorch", "tensorrt")
+SMT = Path("/sys/devices/system/cpu/smt/active")
+NO_TURBO = Path("/sys/devices/system/cpu/intel_pstate/no_turbo")
+BOOST = Path("/sys/devices/system/cpu/cpufreq/boost")
+ENVIRON = Path("/proc/self/environ")
+MEMINFO = Path("/proc/meminfo")
+MEMORY_MAX = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
-MACHINE = ("cpu_model", "arch", "isa", "cores", "cpu_limit", "governor", "virtual", "gpu")  # unlike in one of these: not comparable
+# Unlike in one of these: not comparable. Of the later ones files of version 1 know nothing, and nothing is compared with nothing.
+MACHINE = ("cpu_model", "arch", "isa", "cores", "cpu_limit", "governor", "virtual", "gpu")
+SETTINGS = ("threads",)
+LATER = ("affinity", "allocator", "smt", "turbo", "variables")
+DECIDING = re.compile(r"^(OMP|KMP|MKL|OPENBLAS|GOMP|MALLOC|ORT|OV|ONEDNN|DNNL|TBB|TORCH|PYTORCH|CUDA|NVIDIA)_\w+$")
+CACHED = re.compile(r"PATH|HOME|DIR|CACHE|FILE|TOKEN|KEY|SECRET")  # no place of this machine in a result
 
 
 class Environment(BaseModel):
@@ -42,6 +55,13 @@ class Environment(BaseModel):
         threads: threads the sessions were given.
         load: mean number of running processes over the last minute, None where unknown.
         gpu: name and driver of the NVIDIA GPU, None without one.
+        flags: all CPU flags, as the kernel names them.
+        affinity: numbers of the CPUs this process may run on; None where the system does not say.
+        allocator: what answers malloc: the system's, or a library that was loaded before it.
+        smt: two or more threads share a core; None where the kernel does not say.
+        turbo: the clock may rise above its nominal value; None where the kernel does not say.
+        memory_mb: memory of the machine, or the control group's limit where that is lower (MB = 10^6 bytes).
+        variables: environment variables that runtimes of models and allocators read.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +79,13 @@ class Environment(BaseModel):
     threads: int
     load: float | None
     gpu: str | None = None
+    flags: tuple[str, ...] = ()
+    affinity: tuple[int, ...] | None = None
+    allocator: str | None = None
+    smt: bool | None = None
+    turbo: bool | None = None
+    memory_mb: int | None = None
+    variables: dict[str, str] | None = None
 
     def warnings(self) -> tuple[str, ...]:
         """What about this machine makes times unreliable."""
@@ -91,16 +118,21 @@ def capture(threads: int) -> Environment:
         threads=threads,
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         gpu=f"{found.name}, driver {found.driver}" if (found := cuda.gpu()) else None,
+        flags=tuple(sorted(flags)),
+        affinity=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else None,
+        allocator=process.allocator(),
+        smt={"1": True, "0": False}.get(_text(SMT) or ""),
+        turbo=_turbo(),
+        memory_mb=_memory_mb(),
+        variables=_variables(),
     )
 
 
 def differences(a: Environment, b: Environment) -> tuple[str, ...]:
-    """Facts of the machine, and the threads, in which two environments differ: why their times cannot be compared."""
-    return tuple(
-        f"{name.replace('_', ' ')}: {getattr(a, name)} and {getattr(b, name)}"
-        for name in (*MACHINE, "threads")
-        if getattr(a, name) != getattr(b, name)
-    )
+    """Facts of the machine, and the settings, in which two environments differ: why their times cannot be compared."""
+    both = [name for name in LATER if getattr(a, name) is not None and getattr(b, name) is not None]
+    unlike = [name for name in (*MACHINE, *SETTINGS, *both) if getattr(a, name) != getattr(b, name)]
+    return tuple(f"{name.replace('_', ' ')}: {getattr(a, name)} and {getattr(b, name)}" for name in unlike)
 
 
 def software_differences(a: Environment, b: Environment) -> tuple[str, ...]:
@@ -108,6 +140,9 @@ def software_differences(a: Environment, b: Environment) -> tuple[str, ...]:
     names = sorted({*a.libraries, *b.libraries})
     pairs = [(name, a.libraries.get(name, "none"), b.libraries.get(name, "none")) for name in names]
     pairs += [("python", a.python, b.python), ("system", a.system, b.system)]
+    if a.flags and b.flags:
+        only = [" ".join(sorted(set(left) - set(right))) or "none" for left, right in ((a.flags, b.flags), (b.flags, a.flags))]
+        pairs += [("CPU flags that only one has", *only)]
     return tuple(f"{name}: {left} and {right}" for name, left, right in pairs if left != right)
 
 
@@ -126,9 +161,35 @@ def _text(path: Path) -> str | None:
 
 
 def _cpu_limit(path: Path) -> float | None:
-    """CPUs granted by a cgroup v2 `cpu.max` ("QUOTA PERIOD" in µs, or "max PERIOD")."""
+    """CPUs granted by a cgroup v2 `cpu.max` ("QUOTA PERIOD" in µs, or "max PERIOD"), or by the two files of version 1 beside it."""
+    text = _text(path) or f"{_text(path.parent / 'cpu' / 'cpu.cfs_quota_us')} {_text(path.parent / 'cpu' / 'cpu.cfs_period_us')}"
     try:
-        quota, period = (_text(path) or "").split()
-        return int(quota) / int(period)
+        quota, period = (int(part) for part in text.split())
     except ValueError:
         return None
+    return quota / period if quota > 0 and period > 0 else None  # version 1 says -1 for none
+
+
+def _variables() -> dict[str, str]:
+    """Those this process was started with (libraries set some of their own for their children), where the kernel shows them."""
+    try:
+        pairs = [item.partition("=") for item in os.fsdecode(ENVIRON.read_bytes()).split("\0")]
+        present = {name: value for name, _, value in pairs}
+    except OSError:
+        present = dict(os.environ)
+    return {name: value for name, value in sorted(present.items()) if DECIDING.match(name) and not CACHED.search(name)}
+
+
+def _turbo() -> bool | None:
+    """Whether the clock may rise above its nominal value."""
+    if (off := _text(NO_TURBO)) is not None:
+        return off == "0"
+    return None if (on := _text(BOOST)) is None else on == "1"
+
+
+def _memory_mb() -> int | None:
+    """Memory of the machine, or what its control group grants where that is less."""
+    total = re.search(r"^MemTotal:\s*(\d+) kB$", _text(MEMINFO) or "", re.MULTILINE)
+    known = [int(total[1]) * 1024] if total else []
+    known += [int(text) for path in MEMORY_MAX if (text := _text(path)) is not None and text.isdigit()]
+    return min(known) // 1_000_000 if known else None

@@ -1,4 +1,4 @@
-"""Runs candidates and owns the clock: cold start first, then interleaved rounds (deploycc.runtime.measure).
+"""Runs candidates and owns the clock: cold starts first, then interleaved rounds (deploycc.runtime.measure).
 
 The same code times on the device, so figures from a host and from a bundle's runner mean the same.
 """
@@ -6,37 +6,68 @@ The same code times on the device, so figures from a host and from a bundle's ru
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from deploycc.bench import energy, loadgen, server
 from deploycc.bench.environment import capture
-from deploycc.bench.result import WALL, BenchResult, Measurement
+from deploycc.bench.fresh import Fresh, cold_starts
+from deploycc.bench.measurement import ColdStart, Energy, Measurement
+from deploycc.bench.queries import Crew, batch_of, batched, call_of
+from deploycc.bench.result import OURS, WALL, BenchResult
+from deploycc.bench.scenario import Scenario
+from deploycc.bench.stages import Pictures, time_stages
 from deploycc.core.artifact import Feeds
 from deploycc.core.contract import Progress, Session, silent
 from deploycc.core.target import Bench
 from deploycc.errors import BenchError
 from deploycc.runtime import host
-from deploycc.runtime.measure import Call, Timer, time_interleaved, wall
+from deploycc.runtime.kernel import Watch
+from deploycc.runtime.measure import Block, Stop, Timer, Warm, interleave, per_round_of, time_interleaved, wall, warm_up
+from deploycc.runtime.statistics import Samples
+
+WARMUP_SECONDS, WARMUP_RUNS = 0.15, 3  # of one window
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Something to measure: how to open it (with the settings' threads), and real feeds it takes turns over."""
+    """Something to measure.
+
+    Attributes:
+        name: unlike the others'.
+        open: opens it (with the settings' threads); several times for several streams.
+        feeds: real ones, that it takes turns over.
+        fresh: how a process of its own opens it; None where it cannot.
+        pictures: what comes before and after it, where the stages are wanted.
+    """
 
     name: str
     open: Callable[[], Session]
     feeds: Sequence[Feeds]
+    fresh: Fresh | None = None
+    pictures: Pictures | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Cold:
-    """A candidate's first seconds."""
+    """A candidate's first seconds in this process."""
 
     open_ms: float
     first_ms: float
     rss_growth_mb: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One line of the result: a candidate at a batch size."""
+
+    name: str
+    candidate: Candidate
+    sessions: tuple[Session, ...]
+    feeds: Sequence[Feeds]
+    crew: Crew | None
 
 
 def measure(
@@ -44,60 +75,93 @@ def measure(
     *,
     settings: Bench,
     baseline: str | None = None,
+    scenario: Scenario | None = None,
     seed: int = 0,
     progress: Progress = silent,
     timer: Timer = wall,
     clock: str = WALL,
+    by_loadgen: bool = False,
+    fresh_starts: int = 0,
 ) -> BenchResult:
     """Open every candidate, then time all of them interleaved.
 
     Args:
         candidates: with unlike names; each opens its session with `settings.threads`.
-        settings: threads, least seconds and least runs per candidate.
+        settings: threads, and when to stop.
         baseline: name of the candidate that the others are compared with.
-        seed: of the order within rounds.
+        scenario: how queries come; one after the other where nothing is said.
+        seed: of every random order.
         progress: told how far it is.
         timer: what times a call. One that is not `wall` waits for the device by itself, so sessions are not synchronized between.
         clock: what that timer is called in the result.
+        by_loadgen: let MLPerf's LoadGen issue and time the queries.
+        fresh_starts: fresh processes per candidate that say how it is opened in one.
 
     Raises:
-        BenchError: no candidates, two of one name, an unknown baseline, a candidate without feeds.
+        BenchError: no candidates, two of one name, an unknown baseline, a candidate without feeds, a batch it does not take, more
+            queries than it can answer, another clock than the machine's where queries are not one after the other.
+        MissingDependency: there is no LoadGen.
     """
-    _check(candidates, baseline)
+    scenario = scenario or Scenario()
+    _check(candidates, baseline, scenario, timer, by_loadgen)
+    driver = loadgen.version() if by_loadgen else OURS
     environment = capture(settings.threads)
-    colds: dict[str, _Cold] = {}
-    calls: dict[str, Call] = {}
+    wanted = {item.name: (item.fresh, item.feeds[0]) for item in candidates if item.fresh}
+    starts = cold_starts(wanted, fresh_starts, seed=seed, progress=progress) if fresh_starts else {}
+    meter = energy.find(gpu=clock != WALL)
+    stop = Stop(settings.min_seconds, settings.min_runs, settings.max_width, settings.max_seconds)
     with ExitStack() as stack:
-        for candidate in candidates:
-            session, colds[candidate.name] = _open(candidate, stack)
-            calls[candidate.name] = _call(session, candidate.feeds, wait=timer is wall)
-        samples = time_interleaved(
-            calls, min_seconds=settings.min_seconds, min_runs=settings.min_runs, seed=seed, progress=progress, timer=timer
-        )
+        colds: dict[str, _Cold] = {}
+        entries = [entry for item in candidates for entry in _entries(item, scenario, by_loadgen, colds, stack)]
+        watch = Watch()
+
+        def watched(what: str, done: int, total: int | None, note: str = "") -> None:
+            watch.look()
+            progress(what, done, total, note)
+
+        if scenario.kind == "server" or by_loadgen:
+            samples, arrivals = _queried(entries, scenario, stop, seed, watched, by_loadgen=by_loadgen, meter=meter)
+        else:
+            arrivals: Mapping[str, server.Arrivals] = {}
+            samples = time_interleaved(
+                {
+                    entry.name: entry.crew.query if entry.crew else call_of(entry.sessions[0], entry.feeds, wait=timer is wall)
+                    for entry in entries
+                },
+                min_seconds=stop.min_seconds,
+                min_runs=stop.min_runs,
+                max_width=stop.max_width,
+                max_seconds=stop.max_seconds,
+                warmup_seconds=2 * WARMUP_SECONDS,
+                warmup_runs=WARMUP_RUNS,
+                seed=seed,
+                progress=watched,
+                timer=timer,
+                meter=meter,
+            )
+        observed = watch.seen()
+        shown = {item.name: (item.sessions[0], item.candidate.pictures) for item in entries if item.candidate.pictures}
+        stages = time_stages(shown, replace(stop, max_width=None), seed=seed) if shown else {}
     return BenchResult(
         measurements=tuple(
-            Measurement(
-                name=candidate.name,
-                samples_ns=tuple(samples[candidate.name].ns.tolist()),
-                per_round=samples[candidate.name].per_round,
-                warmups=samples[candidate.name].warmups,
-                open_ms=colds[candidate.name].open_ms,
-                first_ms=colds[candidate.name].first_ms,
-                rss_growth_mb=colds[candidate.name].rss_growth_mb,
-                inputs={name: (str(array.dtype), array.shape) for name, array in candidate.feeds[0].items()},
+            _measurement(entry, samples[entry.name], colds, starts, scenario, meter, arrivals).model_copy(
+                update={"stages": stages.get(entry.name, {})}
             )
-            for candidate in candidates
+            for entry in entries
         ),
         baseline=baseline,
         environment=environment,
         settings=settings,
+        scenario=scenario,
+        driver=driver,
+        observed=observed,
         clock=clock,
         seed=seed,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def _check(candidates: Sequence[Candidate], baseline: str | None) -> None:
+def _check(candidates: Sequence[Candidate], baseline: str | None, scenario: Scenario, timer: Timer, by_loadgen: bool) -> None:
     names = [candidate.name for candidate in candidates]
     if not names:
         raise BenchError("there is nothing to measure", fix="give at least one candidate")
@@ -108,6 +172,88 @@ def _check(candidates: Sequence[Candidate], baseline: str | None) -> None:
     for candidate in candidates:
         if not candidate.feeds:
             raise BenchError(f"there is no input to measure '{candidate.name}' with", fix="give data (--data), or inputs with --input")
+    if timer is not wall and (by_loadgen or scenario.streams > 1 or scenario.kind == "server"):
+        raise BenchError("a device's own clock times one call after the other", fix="use scenario single-stream or offline with one stream")
+
+
+def _entries(candidate: Candidate, scenario: Scenario, by_loadgen: bool, colds: dict[str, _Cold], stack: ExitStack) -> list[_Entry]:
+    """Open a candidate's sessions, and make its feeds of every batch size."""
+    first, colds[candidate.name] = _open(candidate, stack)
+    sessions = (first, *(stack.enter_context(candidate.open()) for _ in range(scenario.streams - 1)))
+    found: list[_Entry] = []
+    for batch in scenario.batches or (None,):
+        feeds = candidate.feeds if batch is None else batched(candidate.feeds, first.signature, batch, candidate.name)
+        crew = None
+        if scenario.streams > 1 or scenario.kind == "server" or by_loadgen:
+            crew = stack.enter_context(Crew([call_of(session, feeds) for session in sessions]))
+        name = candidate.name if len(scenario.batches) < 2 else f"{candidate.name} @ {batch}"
+        found.append(_Entry(name, candidate, sessions, feeds, crew))
+    return found
+
+
+def _queried(
+    entries: Sequence[_Entry],
+    scenario: Scenario,
+    stop: Stop,
+    seed: int,
+    progress: Progress,
+    *,
+    by_loadgen: bool,
+    meter: energy.Meter | None,
+) -> tuple[dict[str, Samples], dict[str, server.Arrivals]]:
+    """Rounds of queries that arrive at random, or that LoadGen issues."""
+    blocks: dict[str, Block] = {}
+    warm: dict[str, Warm] = {}
+    arrivals: dict[str, server.Arrivals] = {}
+    for entry in entries:
+        assert entry.crew is not None  # _entries has made it
+        warm[entry.name] = warm_up(call_of(entry.sessions[0], entry.feeds), WARMUP_SECONDS, WARMUP_RUNS)
+        if scenario.kind == "server":
+            server.check_capacity(entry.name, scenario, warm[entry.name])
+        if by_loadgen:
+            blocks[entry.name] = loadgen.LoadGen(entry.crew, scenario, seed)
+        else:
+            blocks[entry.name] = arrivals[entry.name] = server.Arrivals(entry.crew, scenario.qps or 1.0, seed)
+    if scenario.kind == "server":
+        counts = dict.fromkeys(blocks, server.queries_per_round(scenario))
+        stop = server.stop_of(scenario, stop)
+    else:
+        counts = per_round_of(warm, stop, shortest_ns=loadgen.SHORTEST_BLOCK_NS)
+    uncounted = 0 if scenario.kind in ("server", "offline") else 1
+    samples = interleave(blocks, counts, warm, stop, uncounted=uncounted, seed=seed, progress=progress, meter=meter)
+    return samples, arrivals
+
+
+def _measurement(
+    entry: _Entry,
+    samples: Samples,
+    colds: Mapping[str, _Cold],
+    starts: Mapping[str, tuple[ColdStart, ...]],
+    scenario: Scenario,
+    meter: energy.Meter | None,
+    arrivals: Mapping[str, server.Arrivals],
+) -> Measurement:
+    """One line of the result, without its stages."""
+    cold, name = colds[entry.candidate.name], entry.candidate.name
+    used = None if meter is None or not samples.joules else Energy(joules=samples.joules, calls=samples.metered, source=meter.source)
+    queue = arrivals.get(entry.name)
+    return Measurement(
+        name=entry.name,
+        samples_ns=tuple(samples.ns.tolist()),
+        per_round=samples.per_round,
+        warmups=samples.warmups,
+        open_ms=cold.open_ms,
+        first_ms=cold.first_ms,
+        rss_growth_mb=cold.rss_growth_mb,
+        inputs={key: (str(array.dtype), array.shape) for key, array in entry.feeds[0].items()},
+        candidate=name,
+        batch=batch_of(entry.feeds[0]),
+        streams=scenario.streams,
+        stable=samples.stable,
+        cold=starts.get(name, ()),
+        energy=used,
+        served=server.served(scenario, queue, samples.ns) if queue else None,
+    )
 
 
 def _open(candidate: Candidate, stack: ExitStack) -> tuple[Session, _Cold]:
@@ -127,16 +273,3 @@ def growth_mb(before: int | None, peak: int | None) -> float | None:
     if before is None or peak is None or peak <= before:
         return None
     return (peak - before) / 1e6
-
-
-def _call(session: Session, feeds: Sequence[Feeds], *, wait: bool = True) -> Call:
-    """One call on the next of `feeds`; with `wait`, until its work is finished."""
-    run, synchronize, count = session.run, session.synchronize, len(feeds)
-    if not wait:
-        return lambda index: run(feeds[index % count])
-
-    def call(index: int) -> None:
-        run(feeds[index % count])
-        synchronize()
-
-    return call

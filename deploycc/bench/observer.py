@@ -22,7 +22,8 @@ from deploycc.core.registry import FORMS
 from deploycc.core.target import Bench
 from deploycc.core.timing import NodeTime, Profiles
 from deploycc.forms.module import example_feeds
-from deploycc.runtime.measure import summarize, time_interleaved
+from deploycc.runtime.measure import time_interleaved
+from deploycc.runtime.statistics import summarize
 
 JUDGED = 2000  # validation samples that a pass's accuracy is taken on; the artifact is judged on all
 TIMER = Bench(min_seconds=0.4, min_runs=30)

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deploycc.commands._app import DataText, Inputs, Json, RandomWeights, Seed, Weights, app, emit, progress_bar, show
+
+if TYPE_CHECKING:
+    from deploycc.bench.result import BenchResult
+    from deploycc.bench.scenario import Scenario
+    from deploycc.core.target import Bench
+
+ACROSS_HELP = "Compare results of unlike machines too; what differs is printed."
+COLD_STARTS = 3
+
+
+def _schema(shown: bool) -> None:
+    if shown:
+        from deploycc.bench.result import schema
+
+        emit(schema())
+        raise typer.Exit
 
 
 @app.command()
@@ -19,71 +35,193 @@ def bench(
     inputs: Inputs = None,
     weights: Weights = None,
     random_weights: RandomWeights = False,
+    scenario: Annotated[str, typer.Option(help="How queries come: single-stream, multi-stream, offline or server.")] = "single-stream",
+    streams: Annotated[int | None, typer.Option(min=1, help="Sessions that work at the same time (multi-stream, offline, server).")] = None,
+    batch: Annotated[str | None, typer.Option(help='Samples in one call; several offline: "1,4,16".')] = None,
+    qps: Annotated[float | None, typer.Option(help="Mean arrivals a second (server).")] = None,
+    latency_bound: Annotated[str | None, typer.Option(help="What the percentile is held against (server): 20ms.")] = None,
+    percentile: Annotated[str | None, typer.Option(help="Of the latencies (server; default 99%).")] = None,
+    loadgen: Annotated[bool, typer.Option("--loadgen", help="MLPerf's LoadGen issues and times the queries (extra loadgen).")] = False,
+    pictures: Annotated[Path | None, typer.Option(help="A picture or a folder: time pre-processing, inference, post-processing.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every session.")] = 1,
+    affinity: Annotated[str | None, typer.Option(help='CPUs to run on: "0" or "0,2-3".')] = None,
+    allocator: Annotated[str | None, typer.Option(help="What answers malloc: system, jemalloc, tcmalloc or mimalloc.")] = None,
     min_seconds: Annotated[float, typer.Option(min=0.1, help="Least timed seconds per candidate.")] = 2.0,
     min_runs: Annotated[int, typer.Option(min=5, help="Least timed calls per candidate.")] = 30,
+    max_width: Annotated[str | None, typer.Option(help="Go on until half of every 95 % interval is under this share: 1%.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(min=0.1, help="Stop timing after this (with --max-width: default 120).")] = None,
+    cold: Annotated[int, typer.Option(min=0, help="Fresh processes per candidate, for cold starts and memory.")] = COLD_STARTS,
     seed: Seed = 0,
     save: Annotated[Path | None, typer.Option(help="Write the raw samples and the environment as JSON.")] = None,
+    against: Annotated[Path | None, typer.Option(help="A saved result: exit 3 where this one is slower.")] = None,
+    max_slowdown: Annotated[str, typer.Option(help="How much slower may be, for sure, before that: 5%.")] = "5%",
+    across_machines: Annotated[bool, typer.Option("--across-machines", help=ACROSS_HELP)] = False,
+    junit: Annotated[Path | None, typer.Option(help="Write a JUnit XML summary.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a Markdown summary.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", callback=_schema, is_eager=True, help="Print the JSON Schema of a result.")] = False,
     json: Json = False,
 ) -> None:
     """Measure latencies in one interleaved run; the first is the baseline.
 
-    With --targets one model is compiled for each of them, and what shipped is measured, beside eager PyTorch; no bundle is kept.
+    With --targets one model is compiled for each of them, and what shipped is measured, beside eager PyTorch; no bundle is kept. Exit
+    status 3: slower than --against by more than --max-slowdown, beyond doubt.
     """
-    from deploycc import contest, render, render_contest
-    from deploycc.core.target import Bench
-    from deploycc.errors import UsageError
-    from deploycc.planning import Options, parse_shapes
-    from deploycc.tools import bench_all
+    from deploycc import render_bench
+    from deploycc.bench import comparison, process, summaries
+    from deploycc.bench.result import load
+    from deploycc.bench.scenario import parse_share
 
-    settings = Bench(threads=threads, min_seconds=min_seconds, min_runs=min_runs)
+    allowed, baseline = parse_share("--max-slowdown", max_slowdown), load(against) if against else None
+    if allocator is not None:
+        process.ensure_allocator(allocator)
+    if affinity is not None:
+        process.pin(affinity)
+    settings = _settings(threads, min_seconds, min_runs, max_width, max_seconds)
+    queries = _scenario(scenario, streams, batch, qps, latency_bound, percentile)
     if targets is not None:
-        if len(models) != 1:
-            raise UsageError(f"--targets takes one model, not {len(models)}", fix="bench the bundles of several models, without --targets")
-        options = Options(
-            data=data, inputs=parse_shapes(inputs or []), weights=weights, random_weights=random_weights, threads=threads, seed=seed
-        )
-        with progress_bar() as progress:
-            found = contest.shoot_out(models[0], options, targets, settings, progress, lambda line: print(line, file=sys.stderr))
-        if save:
-            found.bench.save(save)
+        result = _shoot_out(models, targets, data, inputs, weights, random_weights, settings, queries, loadgen, pictures, seed, json)
+    else:
+        result = _bench(models, data, inputs, weights, random_weights, settings, queries, loadgen, pictures, seed, cold)
         if json:
-            emit(render_contest.contest_json(found) | {"bundle": None})
-            return
-        for part in render_contest.contest(found):
-            show(part)
-        return
-    with progress_bar() as progress:
-        result = bench_all(
-            models,
-            data=data,
-            inputs=parse_shapes(inputs or []),
-            weights=weights,
-            random_weights=random_weights,
-            settings=settings,
-            seed=seed,
-            progress=progress,
-        )
+            emit(result.model_dump(mode="json"))
+        else:
+            for part in render_bench.bench(result):
+                show(part)
     if save:
         result.save(save)
+    gate = comparison.slowdowns(baseline, result, allowed, across_machines=across_machines) if baseline else ()
+    for line in render_bench.gate(gate):
+        print(line, file=sys.stderr if json else sys.stdout)
+    if junit:
+        summaries.write(junit, summaries.junit(result, gate))
+    if markdown:
+        summaries.write(markdown, summaries.markdown(result, gate))
+    if not all(item.passed for item in gate):
+        raise typer.Exit(3)
+
+
+def _settings(threads: int, min_seconds: float, min_runs: int, max_width: str | None, max_seconds: float | None) -> Bench:
+    """When to stop; a width that may never be reached is bounded."""
+    from deploycc.bench.scenario import parse_share
+    from deploycc.core.target import Bench
+
+    width = None if max_width is None else parse_share("--max-width", max_width)
+    seconds = 120.0 if width is not None and max_seconds is None else max_seconds
+    return Bench(threads=threads, min_seconds=min_seconds, min_runs=min_runs, max_width=width, max_seconds=seconds)
+
+
+def _scenario(
+    kind: str, streams: int | None, batch: str | None, qps: float | None, latency_bound: str | None, percentile: str | None
+) -> Scenario:
+    from deploycc.bench.scenario import parse_batches, parse_share, scenario_of
+    from deploycc.planning import parse_quantity
+
+    return scenario_of(
+        kind,
+        streams=streams,
+        batches=None if batch is None else parse_batches(batch),
+        qps=qps,
+        latency_bound_ms=parse_quantity("--latency-bound", latency_bound, "ms"),
+        percentile=None if percentile is None else parse_share("--percentile", percentile),
+    )
+
+
+def _bench(
+    models: list[str],
+    data: str | None,
+    inputs: list[str] | None,
+    weights: Path | None,
+    random_weights: bool,
+    settings: Bench,
+    scenario: Scenario,
+    loadgen: bool,
+    pictures: Path | None,
+    seed: int,
+    cold: int,
+) -> BenchResult:
+    """What is there, as it is."""
+    from deploycc.benching import Request, bench_all
+    from deploycc.planning import parse_shapes
+
+    request = Request(
+        models=models,
+        data=data,
+        inputs=parse_shapes(inputs or []),
+        weights=weights,
+        random_weights=random_weights,
+        settings=settings,
+        scenario=scenario,
+        by_loadgen=loadgen,
+        fresh_starts=cold,
+        pictures=pictures,
+        seed=seed,
+    )
+    with progress_bar() as progress:
+        return bench_all(request, progress)
+
+
+def _shoot_out(
+    models: list[str],
+    targets: str,
+    data: str | None,
+    inputs: list[str] | None,
+    weights: Path | None,
+    random_weights: bool,
+    settings: Bench,
+    scenario: Scenario,
+    loadgen: bool,
+    pictures: Path | None,
+    seed: int,
+    json: bool,
+) -> BenchResult:
+    """One model compiled for several targets, and what shipped."""
+    from deploycc import contest, render_contest
+    from deploycc.bench.scenario import Scenario
+    from deploycc.errors import UsageError
+    from deploycc.planning import Options, parse_shapes
+
+    if len(models) != 1:
+        raise UsageError(f"--targets takes one model, not {len(models)}", fix="bench the bundles of several models, without --targets")
+    if scenario != Scenario() or loadgen or pictures:
+        raise UsageError(
+            "--targets measures single-stream latency only", fix="compile for each target, and bench the bundles with the other options"
+        )
+    options = Options(
+        data=data,
+        inputs=parse_shapes(inputs or []),
+        weights=weights,
+        random_weights=random_weights,
+        threads=settings.threads,
+        seed=seed,
+    )
+    with progress_bar() as progress:
+        found = contest.shoot_out(models[0], options, targets, settings, progress, lambda line: print(line, file=sys.stderr))
     if json:
-        emit(result.model_dump(mode="json"))
-        return
-    show(render.bench_table(result))
-    for warning in result.warnings():
-        show(f"note: {warning}")
+        emit(render_contest.contest_json(found) | {"bundle": None})
+    else:
+        for part in render_contest.contest(found):
+            show(part)
+    return found.bench
 
 
 @app.command()
-def compare(first: Path, second: Path, json: Json = False) -> None:
+def compare(
+    first: Path,
+    second: Path,
+    across_machines: Annotated[bool, typer.Option("--across-machines", help=ACROSS_HELP)] = False,
+    json: Json = False,
+) -> None:
     """Compare two results of `bench --save`, or say why they cannot be compared."""
-    from deploycc import render
-    from deploycc.bench import result
+    from deploycc import render_bench
+    from deploycc.bench import comparison
+    from deploycc.bench.result import load
 
-    found = result.compare(result.load(first), result.load(second))
+    found = comparison.compare(load(first), load(second), across_machines=across_machines)
     if json:
-        emit({"ratios": {name: [ratio.value, ratio.low, ratio.high] for name, ratio in found.ratios.items()}, "notes": list(found.notes)})
+        ratios = {name: [ratio.value, ratio.low, ratio.high] for name, ratio in found.ratios.items()}
+        verdicts = {name: ratio.verdict for name, ratio in found.ratios.items()}
+        emit({"ratios": ratios, "verdicts": verdicts, "notes": list(found.notes)})
         return
-    show(render.comparison_table(found))
+    show(render_bench.comparison_table(found))
     for note in found.notes:
         show(f"note: {note}")

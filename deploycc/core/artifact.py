@@ -95,7 +95,7 @@ class Receipt:
         quality: the metric on validation samples after the pass, with its name: {"top1": 0.93}; empty when not measured.
         seconds: wall time of the pass.
         cached: the result came from the store.
-        latency_ms: (p50, low, high) of one call in this process, 95 % bootstrap interval of the median; None if not measured.
+        latency_ms: (p50, low, high) of one call in this process, 95 % interval of the median; None if not measured.
     """
 
     spec: str

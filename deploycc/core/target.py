@@ -106,6 +106,10 @@ class Bench(_Table):
     threads: int = Field(default=1, ge=1)
     min_seconds: float = Field(default=2.0, gt=0)
     min_runs: int = Field(default=30, ge=5)
+    max_width: float | None = Field(
+        default=None, gt=0, description="go on until every 95 % interval is so narrow: half of it over its value"
+    )
+    max_seconds: float | None = Field(default=None, gt=0, description="of timing altogether: then it stops with what it has")
 
 
 class Target(_Table):

@@ -17,13 +17,15 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from deploycc import __version__
-from deploycc.bench.result import Accuracy, BenchResult, Measurement, Ratio, Verdict
+from deploycc.bench.measurement import Measurement
+from deploycc.bench.result import Accuracy, BenchResult, Verdict
 from deploycc.core.artifact import Artifact, Drift, ModelStats, QuantInfo, Receipt
 from deploycc.core.contract import Built, Coverage
 from deploycc.core.target import Target
 from deploycc.package.layers import Layers
 from deploycc.package.race import Race
 from deploycc.runtime.bundle import SCHEMA_VERSION, canonical, document_digest
+from deploycc.runtime.statistics import Ratio
 
 MEASURED = "measured"
 TIMED_LIMITS = frozenset({"latency_p95_ms", "peak_mb"})  # their values differ from run to run

@@ -19,11 +19,14 @@ import numpy as np
 
 from deploycc.errors import DeployError, UsageError
 from deploycc.runtime.bundle import LoadedBundle, check_golden, interpret, load, open_session, read_golden, read_input
+from deploycc.runtime.doubts import instability
 from deploycc.runtime.host import check_host, peak_rss_bytes
+from deploycc.runtime.kernel import Watch
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_model
-from deploycc.runtime.measure import instability, summarize, time_interleaved
+from deploycc.runtime.measure import time_interleaved
 from deploycc.runtime.sessions import find
 from deploycc.runtime.signature import Outputs
+from deploycc.runtime.statistics import summarize
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,9 +132,18 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             session.run(feeds[index % len(feeds)])
             session.synchronize()
 
-        samples = time_interleaved({"model": call}, min_seconds=seconds, min_runs=wanted.get("min_runs", 30))["model"]
+        watch = Watch()
+        samples = time_interleaved(
+            {"model": call},
+            min_seconds=seconds,
+            min_runs=wanted.get("min_runs", 30),
+            max_width=wanted.get("max_width"),
+            max_seconds=wanted.get("max_seconds"),
+            progress=lambda what, done, total: watch.look(),
+        )["model"]
+        observed = watch.seen()
     summary = summarize(samples)
-    warnings = list(instability(samples, summary))
+    warnings = [*observed.warnings(), *instability(samples, summary)]
     if threads > available_cores():
         warnings.append(f"{threads} threads on {available_cores()} available cores")
     peak = peak_rss_bytes()
@@ -142,13 +154,15 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "open_ms": (opened - begin) / 1e6,
         "first_ms": (first - opened) / 1e6,
         "peak_rss_mb": None if peak is None else peak / 1e6,
+        "observed": dataclasses.asdict(observed),
         "warnings": warnings,
     }
     memory = "not known" if peak is None else f"{peak / 1e6:.0f} MB, this whole process"
-    times = f"p50 {summary.p50:.3f} ms ({summary.low:.3f} to {summary.high:.3f}), p90 {summary.p90:.3f}, p99 {summary.p99:.3f}"
+    high = [f"{name} {value:.3f}" for name, value in (("p90", summary.p90), ("p99", summary.p99), ("p99.9", summary.p999)) if value]
+    times = f"p50 {summary.p50:.3f} ms ({summary.low:.3f} to {summary.high:.3f}), {', '.join([*high, f'mean {summary.mean:.3f}'])}"
     lines = [
         f"{about['target']} on {about['runtime']}, {about['cpu']}, {threads} thread{'s' if threads > 1 else ''}",
-        f"{times}, mean {summary.mean:.3f}; {summary.runs} runs",
+        f"{times}; {summary.runs} runs",
         f"cold start {answer['open_ms']:.1f} ms to open + {answer['first_ms']:.1f} ms first answer; peak memory {memory}",
         *(f"warning: {text}" for text in warnings),
         *(f"note: {notice}" for notice in about["notices"]),

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploycc.bench.harness import Candidate, _call, growth_mb, measure
+from deploycc.bench.harness import Candidate, growth_mb, measure
+from deploycc.bench.queries import call_of
 from deploycc.core.artifact import Feeds, Outputs, Signature, TensorSpec
 from deploycc.core.target import Bench
 from deploycc.errors import BenchError
@@ -121,7 +122,7 @@ def test_an_error_while_measuring_closes_what_was_opened():
 def test_the_harness_adds_under_three_microseconds_to_a_call(tiny_onnx: Path, tiny_signature: Signature):
     feeds = [{"image": np.ones((1, 3, 8, 8), np.float32)}]
     session = ort_session.open(tiny_onnx, tiny_signature, {}, 1)
-    call = _call(session, feeds)
+    call = call_of(session, feeds)
 
     def fastest(run) -> float:
         times = []

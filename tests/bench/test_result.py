@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deploycc.bench.comparison import compare
 from deploycc.bench.environment import capture
-from deploycc.bench.result import Accuracy, BenchResult, Measurement, Ratio, compare, load
+from deploycc.bench.measurement import Measurement
+from deploycc.bench.result import Accuracy, BenchResult, load
 from deploycc.core.target import Bench
 from deploycc.errors import BenchError, StoreError
+from deploycc.runtime.statistics import Ratio
 
 
 def measurement(name: str, mean_ns: float = 1e6, *, seed: int = 0, runs: int = 200, inputs: object = None) -> Measurement:
@@ -41,13 +44,15 @@ def result(*measurements: Measurement, baseline: str | None = None, threads: int
 def test_statistics_come_from_the_raw_samples():
     found = measurement("a")
     ms = np.array(found.samples_ns) / 1e6
-    for value, percentile in ((found.p50_ms, 50), (found.p90_ms, 90), (found.p95_ms, 95), (found.p99_ms, 99)):
+    for value, percentile in ((found.p50_ms, 50), (found.p90_ms, 90), (found.p95_ms, 95)):
         assert value == pytest.approx(np.percentile(ms, percentile))
+    assert (found.p99_ms, found.p999_ms) == (None, None)  # of 200 runs
+    assert measurement("a", runs=300).p99_ms is not None
     assert found.mean_ms == pytest.approx(ms.mean())
     low, high = found.interval()
     assert low <= found.p50_ms <= high
     assert found.cold_ms == 15.0
-    assert found.warnings() == ()
+    assert measurement("a", runs=500).warnings() == ()
 
 
 def test_ratio_is_baseline_over_candidate_with_an_interval():
@@ -73,7 +78,7 @@ def test_a_ratio_needs_a_baseline_and_a_known_name():
 
 def test_warnings_name_the_candidate():
     found = result(measurement("a", runs=20), load=0.0, governor=None, cpu_limit=None)
-    assert "a: p99 of 20 runs is not reliable: it needs 100" in found.warnings()
+    assert "a: p99 of 20 runs is not shown: it needs 299" in found.warnings()
 
 
 def test_save_and_load_are_inverses(tmp_path: Path):
@@ -82,7 +87,7 @@ def test_save_and_load_are_inverses(tmp_path: Path):
     after = load(tmp_path / "r.json")
     assert after == before
     assert after.ratio("b") == before.ratio("b")
-    assert json.loads((tmp_path / "r.json").read_text())["schema_version"] == 1
+    assert json.loads((tmp_path / "r.json").read_text())["schema_version"] == 2
 
 
 def test_a_result_that_cannot_be_written_is_a_store_error(tmp_path: Path):
@@ -97,7 +102,7 @@ def test_a_result_that_cannot_be_written_is_a_store_error(tmp_path: Path):
     [
         ("", "is not a bench result: the file: Invalid JSON"),
         ("{}", "is not a bench result: measurements: Field required"),
-        ('{"schema_version": 2}', "is not a bench result: schema_version: Input should be 1"),
+        ('{"schema_version": 3}', "is not a bench result: schema_version: Input should be 2"),
     ],
 )
 def test_what_is_no_result_is_refused(tmp_path: Path, text: str, message: str):

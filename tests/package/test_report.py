@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from deploycc.bench.environment import capture
-from deploycc.bench.result import BenchResult, Measurement
+from deploycc.bench.measurement import Measurement
+from deploycc.bench.result import BenchResult
 from deploycc.core.target import Bench
 from deploycc.package.manifest import Contents, describe
 from deploycc.package.report import EAGER, charts, curves, human_bytes, human_count, human_seconds, render, rows
