@@ -87,7 +87,8 @@ class Page:
             const wide = document.documentElement.clientWidth;
             const inside = element => element.parentElement && element.parentElement.closest('.scroll');
             const out = [...document.body.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > wide + 1 && !inside(e));
-            return [document.documentElement.scrollWidth - wide, out.slice(0, 9).map(e => e.tagName + ' ' + (e.textContent || '').slice(0, 40))];
+            return [document.documentElement.scrollWidth - wide, out.slice(0, 9).map(
+                e => e.tagName + ' ' + (e.textContent || '').slice(0, 40))];
         })()"""
         wide, names = self.evaluate(script)
         return int(wide), list(names)

@@ -62,6 +62,10 @@ class Contest:
         """That of the best."""
         return self.best.exit_status
 
+    def _repr_html_(self) -> str:
+        """In a notebook: that of the bundle, which tells of the race."""
+        return self.bundle._repr_html_()
+
 
 def obstacle(target: Target) -> str | None:
     """Why a target takes no part on this machine, or None: what must be timed must run, and be the machine's own."""
@@ -144,13 +148,13 @@ def run(
         say(f"timing {', '.join(result.plan.target.name for result in compiled)} in turns …")
         bench = _race(compiled, race or compiled[0].plan.target.bench, options.seed, progress)
         best = choose(compiled, bench)
-        race = Race(entries=entries(compiled, bench, best), refused=tuple(refused), bench=bench)
-        bundle = place(best.bundle.folder, options.output, zipped=options.zip, race=race)
+        told = Race(entries=entries(compiled, bench, best), refused=tuple(refused), bench=bench)
+        bundle = place(best.bundle.folder, options.output, zipped=options.zip, race=told)
     if interrupted is not None:
         raise Interrupted(
             f"stopped by the user; the best of {len(compiled)} targets ({best.plan.target.name}) is in {bundle.folder}", fix=interrupted.fix
         )
-    return Contest(tuple(compiled), tuple(refused), bench, best, race, bundle, time.monotonic() - started)
+    return Contest(tuple(compiled), tuple(refused), bench, best, told, bundle, time.monotonic() - started)
 
 
 def shoot_out(

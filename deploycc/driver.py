@@ -74,6 +74,10 @@ class Compiled:
         """0 when every limit that could be measured was met, else 3."""
         return 3 if any(check.met is False for check in self.limits) else 0
 
+    def _repr_html_(self) -> str:
+        """In a notebook: that of the bundle."""
+        return self.bundle._repr_html_()
+
 
 def compile(model: Any, options: Options, progress: Progress = silent) -> Compiled:
     """One model in, one checked bundle out.

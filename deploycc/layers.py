@@ -77,7 +77,7 @@ def compared(artifact: Artifact, given: Artifact | None, context: Context) -> La
 
 
 def times(artifact: Artifact, given: Artifact, layers: Layers, built: Built, backend: Profiles, context: Context) -> dict[str, float]:
-    """ms of one call, by the layers' tensors, from the runtime's profiler, on the target's own machine."""
+    """Milliseconds of one call, by the layers' tensors, from the runtime's profiler, on the target's own machine."""
     from deploycc.passes._islands import Segment, segment_times
 
     groups = _groups(given.model, [layer.tensor for layer in layers.layers])

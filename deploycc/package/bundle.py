@@ -28,7 +28,7 @@ from deploycc.core.store import file_digest
 from deploycc.errors import StoreError
 from deploycc.package.manifest import Contents, FileEntry, Manifest, describe
 from deploycc.package.race import Race
-from deploycc.package.report import render
+from deploycc.package.report import fragment, render, subjects_of
 from deploycc.runtime.bundle import MANIFEST, Golden, write_golden
 
 GOLDEN, TRANSFORM, RUNNER, REPORT = "golden.npz", "transform.json", "runner.pyz", "report.html"
@@ -49,6 +49,10 @@ class Bundle:
     folder: Path
     manifest: Manifest
     archive: Path | None = None
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what ships, the candidates, and how they stand to each other."""
+        return fragment(subjects_of(self.manifest)[0])
 
 
 def check_destination(out: Path) -> None:

@@ -3,8 +3,8 @@
     {"version": 1, "method": "mse", "tensors": {name: {"seen": [low, high], "range": [low, high], "clipped": share, "counts": text}}}
 
 `counts` is a histogram of `COLUMNS` equal bins over what was seen, one character a bin: the place of the character in `HEIGHTS` is
-log(1 + count) on a scale from none (0) to the fullest bin (61). `clipped` is the share of the counted values outside the range. Methods that
-count nothing (minmax, moving-average) leave both out.
+log(1 + count) on a scale from none (0) to the fullest bin (61). `clipped` is the share of the counted values outside the range.
+Methods that count nothing (minmax, moving-average) leave both out.
 """
 
 from __future__ import annotations

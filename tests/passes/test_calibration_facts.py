@@ -10,7 +10,6 @@ from deploycc.passes._ranges import Histogram
 from deploycc.passes.quantize_static import QuantizeStatic
 
 
-
 def histogram(values, *, keep_counts=True):
     found = Histogram(keep_counts=keep_counts)
     found.add(np.asarray(values, np.float32))

@@ -14,7 +14,10 @@ FEW = 100  # validation samples: a drop of a point cannot be told from chance
 FLOAT = "float"
 LIMITS = {
     "accuracy": ("Give more calibration samples, or training data for quantize-qat.", "--calibration DATA"),
-    "latency_p95_ms": ("Prune to the latency that is asked for, and distill what is left.", '--passes "prune-channels{latency=0.5}, distill, …"'),
+    "latency_p95_ms": (
+        "Prune to the latency that is asked for, and distill what is left.",
+        '--passes "prune-channels{latency=0.5}, distill, …"',
+    ),
     "model_mb": ("Quantize weights in blocks of 4 bits, or prune channels.", '--passes "+quantize-weights{bits=4}"'),
     "peak_mb": ("Take a smaller batch or input, or prune channels.", "--input NAME:SHAPE"),
 }
@@ -46,7 +49,9 @@ def _of_bundle(manifest: Manifest) -> Iterator[Advice]:
         yield Advice("The accuracy gate refused int8. See layer by layer where it parts from float:", "deploycc debug BUNDLE")
         yield Advice("Training data let the compiler train the quantized graph (quantize-qat):", "--data DATA with train/ and val/")
     elif decision.shipped == FLOAT and any(item.quant for item in manifest.others):
-        yield Advice("int8 is not faster here. Let the compiler look at the other runtimes of this machine:", _again(manifest, "--target x86"))
+        yield Advice(
+            "int8 is not faster here. Let the compiler look at the other runtimes of this machine:", _again(manifest, "--target x86")
+        )
     for operator, reason in manifest.shipped.coverage.float_operators[:3]:
         if manifest.shipped.quant is not None:
             yield Advice(f"{operator} stays in float: {reason}.")
@@ -63,7 +68,10 @@ def _of_bundle(manifest: Manifest) -> Iterator[Advice]:
         ratio = bench.ratio(decision.shipped, EAGER)
         if ratio.verdict == "slower":
             yield Advice(f"What ships is slower than {EAGER} here ({ratio.value:.2f}×): use another target.", "deploycc targets")
-    yield Advice("On the device: check the files, the CPU and the answers, then time it there.", "python runner.pyz selftest && python runner.pyz bench")
+    yield Advice(
+        "On the device: check the files, the CPU and the answers, then time it there.",
+        "python runner.pyz selftest && python runner.pyz bench",
+    )
 
 
 def _of_limits(manifest: Manifest) -> Iterator[Advice]:
@@ -76,7 +84,10 @@ def _of_limits(manifest: Manifest) -> Iterator[Advice]:
 def _of_bench(bench: BenchResult) -> Iterator[Advice]:
     warnings = bench.warnings()
     if warnings:
-        yield Advice(f"{len(warnings)} reasons to doubt the times (listed with them). Measure again on an idle machine, longer.", "deploycc bench BUNDLE --min-seconds 10")
+        yield Advice(
+            f"{len(warnings)} reasons to doubt the times (listed with them). Measure again on an idle machine, longer.",
+            "deploycc bench X… --min-seconds 10",
+        )
 
 
 def _again(manifest: Manifest, more: str) -> str:

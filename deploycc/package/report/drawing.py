@@ -1,8 +1,8 @@
 """SVG by matplotlib that a page can colour: the same bytes every time, text as text, colours by name.
 
-A figure is drawn in the light theme's colours, every role (`PALETTE`) with a colour of its own. In a page they become CSS variables, so that the
-page's theme decides. A file of its own keeps them, and carries a style sheet that turns them where the viewer is dark. One unit is one CSS
-pixel at the width of a phone (`WIDTH`), where 11 units of type can be read.
+A figure is drawn in the light theme's colours, every role (`PALETTE`) with a colour of its own. In a page they become CSS variables, so
+that the page's theme decides. A file of its own keeps them, and carries a style sheet that turns them where the viewer is dark. One unit
+is one CSS pixel at the width of a phone (`WIDTH`), where 11 units of type can be read.
 """
 
 from __future__ import annotations
@@ -147,9 +147,10 @@ class Canvas:
 
 @contextmanager
 def drawing() -> Generator[None]:
-    """matplotlib with settings of ours alone, whatever the user's are."""
+    """Settings of ours alone, whatever the user's matplotlib has."""
     import matplotlib
 
+    library: Any = matplotlib
     ours = {
         "font.family": "DejaVu Sans",  # comes with matplotlib; it is wider than what a browser will take
         "font.size": FONT,
@@ -160,14 +161,14 @@ def drawing() -> Generator[None]:
         "axes.axisbelow": True,
         "axes.formatter.useoffset": False,
     }
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(ours)
+    with library.rc_context():
+        library.rcdefaults()
+        library.rcParams.update(ours)
         yield
 
 
 def _tidied(text: str, name: str, title: str, description: str, height: float) -> str:
-    """matplotlib's document as an element of a page: scales, names its colours, refers to nothing, and can be heard."""
+    """The document that matplotlib wrote as an element of a page: scales, names its colours, refers to nothing, and can be heard."""
     body = text[text.index("<svg") :]
     body = body[body.index(">") + 1 : body.rindex("</svg>")]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)

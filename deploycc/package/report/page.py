@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deploycc.bench.environment import differences
 from deploycc.package.manifest import Manifest
 from deploycc.package.report import drawing, tables, timing, units
 from deploycc.package.report.advice import advice
 from deploycc.package.report.drawing import Plot
 from deploycc.package.report.plots import figures
 from deploycc.package.report.subject import Subject, of_manifest
-
 
 
 def render(manifest: Manifest) -> str:
@@ -35,7 +35,13 @@ def subjects_of(manifest: Manifest, name: str = "", key: str = "") -> list[Subje
 def page(subjects: Sequence[Subject], title: str = "") -> str:
     """One document about all of them."""
     parts = [_part(subject) for subject in subjects]
-    return _template("report.html.j2").render(title=title or subjects[0].name, parts=parts, theme=theme())
+    return _template("report.html.j2").render(title=title or subjects[0].name, parts=parts, theme=theme(), unlike=unlike(subjects))
+
+
+def unlike(subjects: Sequence[Subject]) -> tuple[str, ...]:
+    """In what the machines or settings of the measurements differ: then the parts cannot be compared."""
+    known = [subject.bench.environment for subject in subjects if subject.bench is not None]
+    return tuple(dict.fromkeys(text for other in known[1:] for text in differences(known[0], other)))
 
 
 def plots(subjects: Sequence[Subject]) -> list[Plot]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from deploycc.bench.result import BenchResult
 from deploycc.package.manifest import AttemptRecord, Manifest
@@ -53,6 +55,8 @@ class Subject:
         manifest: of the bundle.
         race: of several targets.
         bench: latencies of the candidates.
+        place: where the bundle lies, as it was named; "" where it is not known.
+        profile: time of every operator and the machine's peaks, as `inspect --profile --json` tells them.
     """
 
     name: str
@@ -60,6 +64,8 @@ class Subject:
     manifest: Manifest | None = None
     race: Race | None = None
     bench: BenchResult | None = None
+    place: str = ""
+    profile: Mapping[str, Any] | None = None
 
     @property
     def metric_name(self) -> str:
@@ -95,6 +101,11 @@ def of_race(name: str, race: Race, key: str = "") -> Subject:
 def of_bench(name: str, bench: BenchResult, key: str = "") -> Subject:
     """What `bench --save` wrote."""
     return Subject(name, key, bench=bench)
+
+
+def of_profile(name: str, profile: Mapping[str, Any], key: str = "") -> Subject:
+    """What `inspect --profile --json` told of a model."""
+    return Subject(name, key, profile=profile)
 
 
 def _entry(race: Race, index: int, known: dict[str, Timing]) -> Candidate:

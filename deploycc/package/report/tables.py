@@ -74,7 +74,11 @@ def tiles(subject: Subject) -> list[tuple[str, str, str]]:
     against = "" if first.metric is None or first is found else f"{first.name}: {metric(subject.metric_name, first.metric)}"
     parts = [
         ("Size", human_bytes(found.bytes) if found.bytes is not None else "", found.ships),
-        ("Latency, p50", f"{timed.median().split(' ')[0]} ms" if timed else "", f"95 %: {timed.median().partition(' ')[2]}" if timed else ""),
+        (
+            "Latency, p50",
+            f"{timed.median().split(' ')[0]} ms" if timed else "",
+            f"95 %: {timed.median().partition(' ')[2]}" if timed else "",
+        ),
         (
             "Speed-up",
             timed.ratio.split(" ")[0] if timed and timed.ratio else "",

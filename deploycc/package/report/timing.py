@@ -1,14 +1,15 @@
-"""What the report reads of a bench result. The only module that knows its fields: results of older versions lack some."""
+"""What the report reads of a bench result: the only module that knows its fields."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from deploycc.bench.result import BenchResult, Measurement
-from deploycc.package.report.units import MISSING, milliseconds
+from deploycc.bench.measurement import Measurement
+from deploycc.bench.result import BenchResult
+from deploycc.package.report.units import MISSING, milliseconds, percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +23,10 @@ class Timing:
         low: lower end of its 95 % interval.
         high: upper end.
         tails: (name, ms) of the percentiles that the runs carry.
-        cold: from nothing to the first answer.
-        memory_mb: resident memory; None where the kernel does not show it.
+        cold: from nothing to the first answer, in a process of its own where one was started.
+        memory_mb: resident memory of that process at its highest, or what opening the model added; None where the kernel does not show it.
         ratio: speed-up over the baseline with its interval and verdict; "" for the baseline and without one.
-        stages: (name, median) of pre-processing, inference, post-processing.
-        energy_mj: of one call; None without a meter.
+        more: (what, value) of what only some results have: stages, throughput, queries served, energy.
     """
 
     name: str
@@ -38,8 +38,7 @@ class Timing:
     cold: float
     memory_mb: float | None
     ratio: str
-    stages: tuple[tuple[str, float], ...]
-    energy_mj: float | None
+    more: tuple[tuple[str, str], ...]
 
     def median(self) -> str:
         """With its interval."""
@@ -59,10 +58,8 @@ def timings(bench: BenchResult | None) -> dict[str, Timing]:
 
 
 def _timing(item: Measurement, ratio: str) -> Timing:
-    named = (("p90", "p90_ms"), ("p95", "p95_ms"), ("p99", "p99_ms"), ("p99.9", "p999_ms"))
-    found = [(name, _optional(item, field)) for name, field in named]
-    start, energy = _optional(item, "cold_start"), _optional(item, "energy")
-    stages: dict[str, float] = item.stage_ms() if hasattr(item, "stage_ms") else {}  # pyright: ignore
+    named = (("p90", item.p90_ms), ("p95", item.p95_ms), ("p99", item.p99_ms), ("p99.9", item.p999_ms))
+    start = item.cold_start
     low, high = item.interval()
     return Timing(
         name=item.name,
@@ -70,43 +67,55 @@ def _timing(item: Measurement, ratio: str) -> Timing:
         p50=item.p50_ms,
         low=low,
         high=high,
-        tails=tuple((name, float(value)) for name, value in found if value is not None),
-        cold=float(start.total_ms) if start is not None else item.cold_ms,
-        memory_mb=start.peak_rss_mb if start is not None else item.rss_growth_mb,
+        tails=tuple((name, value) for name, value in named if value is not None),
+        cold=start.total_ms if start else item.cold_ms,
+        memory_mb=start.peak_rss_mb if start else item.rss_growth_mb,
         ratio=ratio,
-        stages=tuple(stages.items()),
-        energy_mj=None if energy is None else float(energy.millijoules),
+        more=tuple(_more(item)),
     )
 
 
+def _more(item: Measurement) -> Iterator[tuple[str, str]]:
+    """What only some results have."""
+    if stages := item.stage_ms():
+        yield "Stages, ms", ", ".join(f"{name} {milliseconds(value)}" for name, value in stages.items())
+    if item.batch > 1 or item.streams > 1:
+        yield "Samples a second", f"{item.per_second:.4g}"
+    if item.served is not None:
+        within = "" if item.served.within is None else f", {percent(item.served.within)} within the bound"
+        yield "Served", f"{item.served.achieved_qps:.4g} of {item.served.offered_qps:.4g} queries a second{within}"
+    roof = getattr(item, "roof", None)
+    if roof is not None and roof.compute_share is not None:
+        yield "Of the peak", percent(roof.compute_share)
+    if item.energy is not None:
+        yield "mJ a call", f"{item.energy.millijoules:.3g} ({item.energy.source})"
+
+
 def _ratios(bench: BenchResult) -> dict[str, str]:
-    """Speed-ups as text: corrected for their number where the result can."""
-    if bench.baseline is None:
-        return {}
-    corrected: Any = _optional(bench, "ratios")
-    found = corrected() if corrected else {item.name: bench.ratio(item.name) for item in bench.measurements if item.name != bench.baseline}
-    return {name: f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}] {ratio.verdict}" for name, ratio in found.items()}
+    """Speed-ups as text, corrected for their number."""
+    return {name: str(ratio) for name, ratio in bench.ratios().items()}
 
 
 def environment(bench: BenchResult) -> tuple[tuple[str, str], ...]:
     """(name, value) of what the result is of."""
-    known = bench.environment
-    affinity, variables = _optional(known, "affinity"), _optional(known, "variables") or {}
-    allocator, memory, scenario = _optional(known, "allocator"), _optional(known, "memory_mb"), _optional(bench, "scenario")
+    known, scenario = bench.environment, bench.scenario
+    memory = [f"{known.memory_mb / 1000:.1f} GB"] if known.memory_mb else []
+    memory += [f"allocator {known.allocator}"] if known.allocator else []
+    limit = "none" if known.cpu_limit is None else f"{known.cpu_limit:g} CPUs"
+    load = "not shown" if known.load is None else f"{known.load:.2f}"
     rows = [
         ("CPU", f"{known.cpu_model} ({known.arch}), {known.cores} cores{', virtual machine' if known.virtual else ''}"),
         ("Extensions", " ".join(known.isa)),
         ("GPU", known.gpu or ""),
-        ("Threads", f"{known.threads}{f', on CPUs {_spans(affinity)}' if affinity else ''}"),
-        ("Memory", f"{memory / 1000:.1f} GB{f', {allocator} allocator' if allocator else ''}" if memory else ""),
+        ("Threads", f"{known.threads}{f', on CPUs {_spans(known.affinity)}' if known.affinity else ''}"),
+        ("Memory", ", ".join(memory)),
+        ("Limits", f"governor {known.governor or 'not shown'}, cgroup {limit}, load {load}"),
+        ("Scenario", f"{scenario.kind}, issued by {bench.driver}"),
         (
-            "Limits",
-            f"governor {known.governor or 'not shown'}, cgroup {'none' if known.cpu_limit is None else f'{known.cpu_limit:g} CPUs'}, "
-            f"load {'not shown' if known.load is None else f'{known.load:.2f}'}",
+            "Stopped at",
+            f"{bench.settings.min_seconds:g} s and {bench.settings.min_runs} runs at least; seed {bench.seed}; clock {bench.clock}",
         ),
-        ("Scenario", str(scenario.kind) if scenario is not None else ""),
-        ("Stopped at", f"{bench.settings.min_seconds:g} s and {bench.settings.min_runs} runs at least; seed {bench.seed}; clock {bench.clock}"),
-        ("Variables", " ".join(f"{name}={value}" for name, value in variables.items())),
+        ("Variables", " ".join(f"{name}={value}" for name, value in (known.variables or {}).items())),
         ("Software", ", ".join([f"Python {known.python}", known.system, *(f"{name} {item}" for name, item in known.libraries.items())])),
         ("Measured", bench.created),
     ]
@@ -127,7 +136,3 @@ def _spans(numbers: tuple[int, ...]) -> str:
 def memory(value: float | None) -> str:
     """In MB."""
     return MISSING if value is None else f"{value:.0f} MB"
-
-
-def _optional(item: Any, field: str) -> Any:
-    return getattr(item, field, None)

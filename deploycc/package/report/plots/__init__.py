@@ -1,7 +1,7 @@
 """The figures: one file = one kind, found by looking here.
 
-A module says where its figures belong (`SECTION`: "times", "passes" or "precision"; `ORDER` within it) and has `draw(subject)`, which gives a
-list of `Plot`: empty where the subject has nothing to show.
+A module says where its figures belong (`SECTION`: "times", "passes" or "precision"; `ORDER` within it) and has `draw(subject)`, which gives
+a list of `Plot`: empty where the subject has nothing to show.
 """
 
 from __future__ import annotations

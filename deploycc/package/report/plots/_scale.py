@@ -51,9 +51,8 @@ def ticks(axes: Any, values: Sequence[float], labels: Sequence[str], *, axis: st
 
 def percents(values: Sequence[float]) -> list[str]:
     """Shares with as many decimals as their steps need."""
-    for decimals in range(4):
-        if all(abs(100 * value - round(100 * value, decimals)) < 1e-6 for value in values):
-            break
+    exact = (places for places in range(4) if all(abs(100 * value - round(100 * value, places)) < 1e-6 for value in values))
+    decimals = next(exact, 4)
     return [f"{100 * value:.{decimals}f} %" for value in values]
 
 

@@ -47,7 +47,10 @@ def draw(subject: Subject) -> list[Plot]:
         _cell(canvas, (index % COLUMNS) * (WIDTH + GAP) / COLUMNS, index // COLUMNS * CELL, tensor)
     name, title = f"{subject.key}calibration", f"Calibration: {method}"
     most = max(tensors, key=lambda tensor: tensor.cut)
-    told = f"Histograms of {len(shown)} of {len(tensors)} tensors with the ranges chosen for them; most is cut from {most.name}: {percent(most.cut)}."
+    told = (
+        f"Histograms of {len(shown)} of {len(tensors)} tensors with the ranges chosen for them; "
+        f"most is cut from {most.name}: {percent(most.cut)}."
+    )
     which = "" if len(shown) == len(tensors) else f"The {len(shown)} of {len(tensors)} tensors of which most is cut off. "
     caption = f"{which}Blue: the range that has codes; orange: what is clipped. Heights are logarithmic."
     return [Plot(name, title, told, canvas.svg(name, title, told), _table(tensors), caption)]
@@ -56,8 +59,9 @@ def draw(subject: Subject) -> list[Plot]:
 def read(subject: Subject) -> tuple[str, list[Tensor]]:
     """(method, tensors) of the last pass that was calibrated; none of a version that is not known."""
     receipts = subject.manifest.shipped.receipts if subject.manifest else ()
-    found: Mapping[str, Any] = next((item.details["calibration"] for item in reversed(receipts) if "calibration" in item.details), {})
-    if found.get("version") != VERSION:
+    kept: list[Mapping[str, Any]] = [item.details["calibration"] for item in receipts if "calibration" in item.details]
+    found: Mapping[str, Any] = kept[-1] if kept else {"version": None}
+    if found["version"] != VERSION:
         return "", []
     tensors: Mapping[str, Any] = found["tensors"]
     return str(found["method"]), [_tensor(name, facts) for name, facts in tensors.items()]

@@ -1,7 +1,7 @@
 """Latencies side by side: every candidate's own samples on one scale.
 
-The hill is a kernel density estimate (Gaussian, Silverman's width, on the plot's scale); the strokes below it are samples, at most `STROKES`,
-evenly by rank, so that both tails keep theirs; the bar is the 95 % interval of the median and the line goes on to p99, or to the highest
+The hill is a kernel density estimate (Gaussian, Silverman's width, on the plot's scale); the strokes below it are samples, at most
+`STROKES`, evenly by rank, so that both tails keep theirs; the bar is the 95 % interval of the median and the line goes on to the highest
 percentile that the runs carry.
 """
 
@@ -50,7 +50,8 @@ def draw(subject: Subject) -> list[Plot]:
     canvas.text(WIDTH - EDGE, canvas.height - 4, f"ms{', logarithmic' if wide else ''}", role="soft", ha="right", fontsize=SMALL)
     name, title = f"{subject.key}latency", "Latency, every sample"
     best = min(rows, key=lambda row: row[1].p50)
-    told = f"Distribution of one call's latency for {len(rows)} candidates; the fastest median is {best[0].name}'s with {milliseconds(best[1].p50)} ms."
+    fastest = f"the fastest median is {best[0].name}'s with {milliseconds(best[1].p50)} ms"
+    told = f"Distribution of one call's latency for {len(rows)} candidates; {fastest}."
     caption = "Hill: density. Strokes: samples. Bar: 95 % interval of the median; the line goes on to the highest percentile in the table."
     return [Plot(name, title, told, canvas.svg(name, title, told), _table(rows), caption)]
 
@@ -88,13 +89,13 @@ def _stroke(axes: Any, path: Any, role: str, width: float, alpha: float) -> None
 def _density(samples: np.ndarray, limits: tuple[float, float], wide: bool) -> tuple[np.ndarray, np.ndarray]:
     """(ms, density over its largest value)."""
     values, ends = (np.log(samples), np.log(limits)) if wide else (samples, np.asarray(limits))
-    edges = np.linspace(ends[0], ends[1], STEPS + 1)
-    counts, _ = np.histogram(np.clip(values, ends[0], ends[1]), bins=edges)
-    if len(samples) and (values > ends[1]).any():
-        counts[-1] -= int((values > ends[1]).sum())
+    low, high = float(ends[0]), float(ends[1])
+    edges = np.linspace(low, high, STEPS + 1)
+    counts, _ = np.histogram(np.clip(values, low, high), bins=edges)
+    counts[-1] -= int((values > high).sum())
     quartiles = np.quantile(values, [0.25, 0.75])
     spread = min(float(values.std()), float(quartiles[1] - quartiles[0]) / 1.34) or float(values.std())
-    step = edges[1] - edges[0]
+    step = (high - low) / STEPS
     width = max(0.9 * spread * len(values) ** -0.2, step)
     reach = int(np.ceil(3 * width / step))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) * step / width) ** 2)
@@ -111,16 +112,12 @@ def _drawn(samples: np.ndarray) -> np.ndarray:
 
 
 def _table(rows: list[tuple[Candidate, Timing]]) -> Table:
-    head = ("Candidate", "p50 ms [95 %]", "p90", "p99", "p99.9", "Runs", "Cold ms", "Memory", "Speed-up")
-    with_stages = any(timing.stages for _, timing in rows)
-    with_energy = any(timing.energy_mj is not None for _, timing in rows)
-    head = (*head, *(("Stages, ms",) if with_stages else ()), *(("mJ a call",) if with_energy else ()))
-    return Table(head, tuple(_cells(item, timing, with_stages, with_energy) for item, timing in rows))
+    more = list(dict.fromkeys(what for _, timing in rows for what, _ in timing.more))
+    head = ("Candidate", "p50 ms [95 %]", "p90", "p99", "p99.9", "Runs", "Cold ms", "Memory", "Speed-up", *more)
+    return Table(head, tuple((*_cells(item, timing), *(dict(timing.more).get(what, MISSING) for what in more)) for item, timing in rows))
 
 
-def _cells(item: Candidate, timing: Timing, with_stages: bool, with_energy: bool) -> tuple[str, ...]:
-    stages = ", ".join(f"{name} {milliseconds(value)}" for name, value in timing.stages)
-    energy = MISSING if timing.energy_mj is None else f"{timing.energy_mj:.3g}"
+def _cells(item: Candidate, timing: Timing) -> tuple[str, ...]:
     return (
         item.name,
         timing.median(),
@@ -129,6 +126,4 @@ def _cells(item: Candidate, timing: Timing, with_stages: bool, with_energy: bool
         milliseconds(timing.cold),
         memory(timing.memory_mb),
         timing.ratio or MISSING,
-        *((stages or MISSING,) if with_stages else ()),
-        *((energy,) if with_energy else ()),
     )

@@ -55,10 +55,13 @@ def draw(subject: Subject) -> list[Plot]:
     name, title = f"{subject.key}layers", "Layers: distance from float and cost"
     worst = max(layers, key=lambda layer: layer.added)
     unit = "of the measured time" if times else "of the multiply-accumulates"
-    told = f"{len(layers)} layers; most noise comes in at {worst.operator} ({percent(worst.added)}), which costs {percent(worst.cost)} {unit}."
+    told = (
+        f"{len(layers)} layers; most noise comes in at {worst.operator} ({percent(worst.added)}), which costs {percent(worst.cost)} {unit}."
+    )
     caption = (
-        f"Strip: every layer from input to output, its width the share {unit}, the stronger the further from float. Below: the {len(shown)} that matter "
-        f"most. SQNR on {record.samples} samples in {record.kernels}'s kernels; noise in: what comes in there, over the tensor's energy."
+        f"Strip: every layer from input to output, its width the share {unit}, the stronger the further from float. "
+        f"Below: the {len(shown)} that matter most. SQNR on {record.samples} samples in {record.kernels}'s kernels; "
+        f"noise in: what comes in there, over the tensor's energy."
     )
     return [Plot(name, title, told, canvas.svg(name, title, told), _table(layers), caption)]
 
@@ -137,5 +140,3 @@ def _table(layers: list[Layer]) -> Table:
         for layer in layers
     )
     return Table(head, rows)
-
-

@@ -57,7 +57,8 @@ def draw(subject: Subject) -> list[Plot]:
     name, title = f"{subject.key}pareto", f"{label[0].upper()}{label[1:]} against latency"
     told = f"{len(best)} of {len(found)} candidates are beaten by no other in both: {', '.join(point.item.name for point in line)}."
     rows = tuple(
-        (point.item.name, metric(subject.metric_name, point.value), milliseconds(point.ms), "yes" if point in best else "no") for point in found
+        (point.item.name, metric(subject.metric_name, point.value), milliseconds(point.ms), "yes" if point in best else "no")
+        for point in found
     )
     table = Table(("Candidate", label, "p50 ms", "On the line"), rows)
     return [Plot(name, title, told, canvas.svg(name, title, told), table, "On the line: beaten by no other in both.")]
@@ -106,9 +107,12 @@ def _names(axes: Any, points: Sequence[Point], line: Sequence[Point]) -> None:
     renderer: Any = axes.figure.canvas.get_renderer() if hasattr(axes.figure.canvas, "get_renderer") else None
     inside = axes.get_window_extent(renderer)
     taken: list[Any] = []
-    dots = [axes.transData.transform((ms, point.value)) for point in points for ms in (point.low, point.ms, point.high)]
-    corners = axes.transData.transform([place for a, b in pairwise(line) for place in ((a.ms, a.value), (b.ms, a.value), (b.ms, b.value))])
-    for start, end in pairwise(corners):
+    strokes = [((point.low, point.value), (point.high, point.value)) for point in points]
+    for a, b in pairwise(line):
+        strokes += [((a.ms, a.value), (b.ms, a.value)), ((b.ms, a.value), (b.ms, b.value))]
+    dots: list[Any] = []
+    for stroke in strokes:
+        start, end = axes.transData.transform(stroke)
         dots += [start + (end - start) * step / 40 for step in range(41)]
     for point in sorted(points, key=lambda point: (not point.item.mark, point.ms)):
         for dx, dy, side in PLACES:

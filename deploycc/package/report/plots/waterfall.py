@@ -1,14 +1,15 @@
 """Pass by pass: what each left of the weights' bytes, of the multiply-accumulates, of the latency, and of the accuracy.
 
-A grey bar goes from 0 to the value; its coloured end is what the pass took away or added. Accuracy has a scale of its own, which does not begin at
-0, and points in place of bars.
+A grey bar goes from 0 to the value; its coloured end is what the pass took away or added. Accuracy has a scale of its own, which does not
+begin at 0, and points in place of bars.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deploycc.package.manifest import Manifest, ReceiptRecord
 from deploycc.package.report.drawing import SMALL, WIDTH, Canvas, Plot, Table, color
@@ -63,7 +64,13 @@ def charts(manifest: Manifest) -> list[Chart]:
     latency = each(lambda receipt: receipt.measured.latency_ms[0] if receipt.measured.latency_ms else None)
     latency = [*(item for item in ends if item.label == EAGER), *latency, *(item for item in ends if item.label != EAGER)]
     found = [
-        Chart("bytes", "Weights", [*each(lambda receipt: float(receipt.stats.bytes)), Step("files that ship", shipped.bytes)], human_bytes, True),
+        Chart(
+            "bytes",
+            "Weights",
+            [*each(lambda receipt: float(receipt.stats.bytes)), Step("files that ship", shipped.bytes)],
+            human_bytes,
+            True,
+        ),
         Chart(
             "macs",
             "Multiply-accumulates",
@@ -75,7 +82,7 @@ def charts(manifest: Manifest) -> list[Chart]:
             "pass-latency",
             "Latency, median",
             latency,
-            lambda value: f"{milliseconds(value)} ms",
+            _ms,
             True,
             "After a pass: timed alone, briefly. First and last: timed in turns, the figures to rely on." if ends else "",
         ),
@@ -83,6 +90,10 @@ def charts(manifest: Manifest) -> list[Chart]:
     ]
     accuracy = _accuracy(manifest, steps)
     return [*found[:3], *([accuracy] if accuracy else []), found[3]]
+
+
+def _ms(value: float) -> str:
+    return f"{milliseconds(value)} ms"
 
 
 def _sqnr(manifest: Manifest, each: Callable[[Callable[[ReceiptRecord], float | None]], list[Step]]) -> list[Step]:
@@ -101,7 +112,7 @@ def _accuracy(manifest: Manifest, steps: Sequence[ReceiptRecord]) -> Chart | Non
     if len(rows) < 2:
         return None
     caption = f"{accuracy.samples} validation samples; passes are judged on some of them. The scale does not begin at 0."
-    return Chart("accuracy", f"Accuracy: {metric_label(name)}", rows, lambda value: metric(name, value), name == "mse", caption)
+    return Chart("accuracy", f"Accuracy: {metric_label(name)}", rows, functools.partial(metric, name), name == "mse", caption)
 
 
 def _plot(key: str, chart: Chart) -> Plot:
@@ -113,7 +124,12 @@ def _plot(key: str, chart: Chart) -> Plot:
         reach = max(max(known) - min(known), 0.004 if not chart.falls else 1e-6)
         axes.set_xlim(min(known) - 0.25 * reach, max(known) + 0.25 * reach)
         marks = _scale.linear_ticks(*axes.get_xlim(), most=4)
-        _scale.ticks(axes, marks, _scale.percents(marks) if "%" in chart.text(known[0]) else [_scale.number(mark) for mark in marks])
+        _scale.ticks(
+            axes, marks, _scale.percents(marks) if "%" in chart.text(known[0]) else [_scale.number(mark) for mark in marks], lines=False
+        )
+        for top in range(0, len(chart.steps) * ROW, ROW):
+            for mark in marks:  # hair lines stay out of the names
+                axes.plot([mark, mark], [top + 16, top + 18 + BAR], color=color("line"), linewidth=0.8)
     else:
         axes.set_xlim(0, max((value for value in known if math.isfinite(value)), default=1.0) or 1.0)
     before: float | None = None
@@ -125,7 +141,9 @@ def _plot(key: str, chart: Chart) -> Plot:
             (_point if chart.key == "accuracy" else _bar)(axes, top + 17, step.value, before, chart.falls)
             before = step.value
     name = f"{key}{chart.key}"
-    told = f"{chart.title}: " + ", ".join(f"{step.label} {NO_VALUE if step.value is None else chart.text(step.value)}" for step in chart.steps)
+    told = f"{chart.title}: " + ", ".join(
+        f"{step.label} {NO_VALUE if step.value is None else chart.text(step.value)}" for step in chart.steps
+    )
     rows = tuple((step.label, NO_VALUE if step.value is None else chart.text(step.value)) for step in chart.steps)
     return Plot(name, chart.title, told, canvas.svg(name, chart.title, told), Table(("After", chart.title), rows), chart.caption)
 
@@ -143,20 +161,20 @@ def _role(value: float, before: float, falls: bool) -> str:
     return "good" if (value < before) == falls else "lossy"
 
 
-def _bar(axes: object, top: float, value: float, before: float | None, falls: bool) -> None:
+def _bar(axes: Any, top: float, value: float, before: float | None, falls: bool) -> None:
     from matplotlib.patches import Rectangle
 
-    full = axes.get_xlim()[1]  # pyright: ignore
+    full: float = axes.get_xlim()[1]
     end, start = min(value, full), full if before is None else min(before, full)
     parts = [(0.0, full, "line", 0.5), (0.0, end, "plain", 1.0)]
     if before is not None and end != start:
         parts.append((min(end, start), abs(end - start), _role(end, start, falls), 1.0))
     for left, width, role, alpha in parts:
-        axes.add_patch(Rectangle((left, top), width, BAR, facecolor=color(role), alpha=alpha, linewidth=0))  # pyright: ignore
+        axes.add_patch(Rectangle((left, top), width, BAR, facecolor=color(role), alpha=alpha, linewidth=0))
 
 
-def _point(axes: object, top: float, value: float, before: float | None, falls: bool) -> None:
+def _point(axes: Any, top: float, value: float, before: float | None, falls: bool) -> None:
     middle = top + BAR / 2
     if before is not None and before != value:
-        axes.plot([before, value], [middle, middle], color=color(_role(value, before, falls)), linewidth=3)  # pyright: ignore
-    axes.plot([value], [middle], marker="o", markersize=8, color=color("accent"), markeredgewidth=0)  # pyright: ignore
+        axes.plot([before, value], [middle, middle], color=color(_role(value, before, falls)), linewidth=3)
+    axes.plot([value], [middle], marker="o", markersize=8, color=color("accent"), markeredgewidth=0)
