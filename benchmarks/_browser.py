@@ -51,6 +51,11 @@ class Page:
                     raise RuntimeError(f"{method}: {answer['error']['message']}")
                 return answer["result"]
 
+    def close(self) -> None:
+        """Let go of the pipes."""
+        self._out.close()
+        self._in.close()
+
     def wait(self, event: str) -> None:
         """Until the browser tells of it."""
         while self._read().get("method") != event:
@@ -132,8 +137,12 @@ def browser(program: str) -> Iterator[Page]:
         )
         os.close(child_in)
         os.close(child_out)
+        page: Page | None = None
         try:
-            yield Page(to_browser, from_browser)
+            page = Page(to_browser, from_browser)
+            yield page
         finally:
             process.terminate()
             process.wait()
+            if page is not None:
+                page.close()
