@@ -26,7 +26,7 @@ from deploycc.decision import EAGER
 from deploycc.errors import DeployError, Interrupted, TargetError, UsageError
 from deploycc.package.bundle import Bundle, check_destination, place
 from deploycc.package.race import Entry, Race
-from deploycc.planning import Options
+from deploycc.planning import Options, command_line
 from deploycc.runtime import bundle as bundles
 from deploycc.runtime.machine import cpu_flags
 
@@ -148,8 +148,11 @@ def run(
         say(f"timing {', '.join(result.plan.target.name for result in compiled)} in turns …")
         bench = _race(compiled, race or compiled[0].plan.target.bench, options.seed, progress)
         best = choose(compiled, bench)
-        told = Race(entries=entries(compiled, bench, best), refused=tuple(refused), bench=bench)
-        bundle = place(best.bundle.folder, options.output, zipped=options.zip, race=told)
+        own = command_line(best.plan, best.shipped.artifact.source, options)
+        everyone = ",".join(item if isinstance(item, str) else item.name for item in names)
+        together = own.replace(f"--target {best.plan.target.name}", f"--target {everyone}", 1)
+        told = Race(entries=entries(compiled, bench, best), refused=tuple(refused), bench=bench, command=together)
+        bundle = place(best.bundle.folder, options.output, zipped=options.zip, race=told, command=own)
     if interrupted is not None:
         raise Interrupted(
             f"stopped by the user; the best of {len(compiled)} targets ({best.plan.target.name}) is in {bundle.folder}", fix=interrupted.fix

@@ -86,6 +86,7 @@ def contest_json(found: Contest) -> dict[str, Any]:
             "rows": contest_rows(found),
             "best": found.best.plan.target.name,
             "bundle": str(found.bundle.folder),
+            "command": found.race.command,
             "refused": dict(found.refused),
             "bench": found.bench.model_dump(mode="json"),
             "warnings": list(found.bench.warnings()),

@@ -108,7 +108,8 @@ def _race(path: Path, document: Mapping[str, Any]) -> Race:
         rows = [{**row, "ships": row.get("ships") if row.get("ships") in ("int8", "float") else None} for row in document["rows"]]
         refused = tuple((str(name), str(reason)) for name, reason in dict(document.get("refused") or {}).items())
         bench = results.BenchResult.model_validate(document["bench"])
-        return Race(entries=tuple(Entry.model_validate(row) for row in rows), refused=refused, bench=bench)
+        entries = tuple(Entry.model_validate(row) for row in rows)
+        return Race(entries=entries, refused=refused, bench=bench, command=str(document.get("command", "")))
     except (ValidationError, TypeError, AttributeError, ValueError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise BenchError(f"{path} is not the result of a race: {first}", fix=f"give {ACCEPTED}") from None

@@ -80,10 +80,10 @@ def write(out: Path, contents: Contents, *, zipped: bool = False) -> Bundle:
     return _written(out, lambda work: _fill(work, contents), zipped=zipped)
 
 
-def place(folder: Path, out: Path, *, zipped: bool = False, race: Race | None = None) -> Bundle:
-    """A copy of the bundle in `folder` at `out` (and `out`.zip), in place of an older bundle of that name; it tells of the `race` it won.
+def place(folder: Path, out: Path, *, zipped: bool = False, race: Race | None = None, command: str = "") -> Bundle:
+    """A copy of the bundle in `folder` at `out` (and `out`.zip), in place of an older bundle of that name.
 
-    Raises like `write`.
+    With `race` it tells of the race that it won, and of the `command` that makes it alone, at `out`. Raises like `write`.
     """
 
     def copied(work: Path) -> Manifest:
@@ -91,7 +91,8 @@ def place(folder: Path, out: Path, *, zipped: bool = False, race: Race | None = 
         manifest = Manifest.model_validate_json((work / MANIFEST).read_text(encoding="utf-8"))
         if race is None:
             return manifest
-        return _reported(work, manifest.model_copy(update={"measured": manifest.measured.model_copy(update={"race": race})}))
+        run = manifest.measured.model_copy(update={"race": race, "command": command or manifest.measured.command})
+        return _reported(work, manifest.model_copy(update={"measured": run}))
 
     return _written(out, copied, zipped=zipped)
 

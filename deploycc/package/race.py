@@ -45,6 +45,7 @@ class Race(BaseModel):
         entries: in the order of the targets.
         refused: (target, reason) for those that took no part.
         bench: latencies of all of them, interleaved.
+        command: what to type to do it again; "" where it is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,3 +54,4 @@ class Race(BaseModel):
     entries: tuple[Entry, ...]
     refused: tuple[tuple[str, str], ...] = ()
     bench: BenchResult
+    command: str = ""

@@ -14,6 +14,8 @@ from deploycc.package.report.drawing import Plot
 from deploycc.package.report.plots import figures
 from deploycc.package.report.subject import Subject, of_manifest
 
+TOLD = 6  # warnings that are seen at once
+
 
 def render(manifest: Manifest) -> str:
     """The page of one bundle."""
@@ -85,10 +87,11 @@ def _part(subject: Subject) -> dict[str, Any]:
         "limits": tables.limits(manifest) if manifest else [],
         "figures": figures(subject),
         "warnings": bench.warnings() if bench else (),
+        "told": TOLD,
         "environment": timing.environment(bench) if bench else (),
         "advice": advice(subject),
         "size": sum(entry.bytes for entry in manifest.files) if manifest else 0,
-        "command": manifest.measured.command if manifest else "",
+        "command": manifest.measured.command if manifest else subject.race.command if subject.race else "",
     }
 
 
