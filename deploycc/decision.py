@@ -2,7 +2,7 @@
 
 int8 is a hypothesis. The compiled artifact ships if the accuracy gate let it through and
 
-    - the interval of its speed-up over the float artifact lies above 1, or
+    - it is faster than the float artifact in the rounds both were timed in: by more than 1 %, at a level of 95 %, or
     - it meets a limit that the float artifact does not, or
     - a pass that was asked for to buy accuracy (an ensemble) did so: its metric is above the float reference's, and it breaks no limit
       that the float artifact keeps.

@@ -33,6 +33,7 @@ from deploycc.core.observers import Announce, Dump, Verify
 from deploycc.core.pipeline import Pipeline
 from deploycc.core.registry import FORMS
 from deploycc.core.store import Store, default_root
+from deploycc.core.target import Bench, Target
 from deploycc.core.timing import Profiles
 from deploycc.decision import COMPILED, EAGER, FLOAT, Attempt, Outcome, best, check_limits, decide
 from deploycc.errors import DataNeeded, DeployError, Interrupted, MissingDependency, UsageError
@@ -41,6 +42,7 @@ from deploycc.layers import FloatGraphs
 from deploycc.package.bundle import Bundle, check_destination, write
 from deploycc.package.manifest import AttemptRecord, Contents, LimitCheck, record_attempt
 from deploycc.planning import Options, Plan, capture, command_line, declared_transform, find_source, plan
+from deploycc.runtime.statistics import needed_runs
 from deploycc.sources._factory import find
 
 PROBES = 8  # real inputs that the bench takes turns over
@@ -272,7 +274,7 @@ class _Job:
         if reference.form is not Form.ONNX:
             form = FORMS.get(reference.form.value)
             candidates.insert(0, Candidate(EAGER, lambda: form.open(reference, threads=threads), self._feeds(reference)))
-        return measure(candidates, settings=target.bench, baseline=FLOAT, seed=self.options.seed, progress=self.context.progress)
+        return measure(candidates, settings=settings_for(target), baseline=FLOAT, seed=self.options.seed, progress=self.context.progress)
 
     def _candidate(self, name: str, attempt: Attempt) -> Candidate:
         backend, target = self.planned.backend, self.planned.target
@@ -310,6 +312,13 @@ class _Job:
             created=created,
             seconds=time.monotonic() - started,
         )
+
+
+def settings_for(target: Target) -> Bench:
+    """The target's, with as many runs as its limit on p95 needs."""
+    if target.limits.latency_p95_ms is None:
+        return target.bench
+    return target.bench.model_copy(update={"min_runs": max(target.bench.min_runs, needed_runs(0.95))})
 
 
 def real_feeds(data: Data, artifact: Artifact, seed: int) -> list[dict[str, np.ndarray]]:

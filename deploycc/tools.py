@@ -25,6 +25,7 @@ from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_m
 
 Shapes = Mapping[str, tuple[int | str, ...]]
 OPTIONAL = {
+    "mlperf_loadgen": ("MLPerf LoadGen (bench --loadgen)", "pip install 'deploycc[loadgen]'"),
     "accelerate": ("accelerate (passes that train)", "pip install 'deploycc[train]'"),
     "tensorrt_rtx": ("TensorRT-RTX (checks bundles for TensorRT without a GPU)", "pip install 'deploycc[tensorrt-rtx]'"),
     "sklearn": ("scikit-learn (data source sklearn:digits)", "pip install 'deploycc[sklearn]'"),

@@ -33,11 +33,15 @@ class Arrivals:
     busy_ns: int = 0
     answered: int = field(default=0)
 
+    def moments(self, first: int, count: int) -> np.ndarray:
+        """Nanoseconds from the start of the round to each arrival."""
+        gaps = np.random.default_rng([self.seed, first]).exponential(1e9 / self.qps, count)
+        return np.cumsum(gaps).astype(np.int64)
+
     def __call__(self, first: int, count: int) -> np.ndarray:
         """`count` queries from number `first` on. Raises what a session raised."""
-        gaps = np.random.default_rng([self.seed, first]).exponential(1e9 / self.qps, count)
         begin = time.perf_counter_ns()
-        due = begin + np.cumsum(gaps).astype(np.int64)
+        due = begin + self.moments(first, count)
         for index, moment in enumerate(due.tolist()):
             ahead = moment - time.perf_counter_ns()
             if ahead > 0:

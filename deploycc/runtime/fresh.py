@@ -53,7 +53,8 @@ def observe(open_session: Callable[[], Session], feeds: Mapping[str, np.ndarray]
         for _ in range(runs):
             session.run(feeds)
         session.synchronize()
-        peak, steady = host.peak_rss_bytes(), host.rss_bytes()
+        steady = host.rss_bytes()
+        peak = host.peak_rss_bytes()
     return {"imported": imported, "opened": opened, "answered": answered, "peak": peak, "steady": steady}
 
 

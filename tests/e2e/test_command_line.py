@@ -139,6 +139,67 @@ def test_bench_compares_and_saves(compiled, deploycc, tmp_path):
     refused = deploycc("compare", tmp_path / "a.json", tmp_path / "c.json")
     assert refused.status == 1
     assert "another CPU" in refused.err
+    across = deploycc("compare", tmp_path / "a.json", tmp_path / "c.json", "--across-machines")
+    assert across.status == 0, across.err
+    assert "note: unlike machines: cpu model: " in across.out
+
+
+def test_the_regression_gate_exits_3_where_it_is_slower_beyond_doubt(compiled, deploycc, tmp_path):
+    out, _ = compiled
+    words = ("bench", out, "--min-seconds", "0.3", "--cold", "0")
+    assert deploycc(*words, "--save", tmp_path / "base.json").status == 0
+    same = deploycc(*words, "--against", tmp_path / "base.json", "--max-slowdown", "60%")
+    assert same.status == 0, same.out
+    base = json.loads((tmp_path / "base.json").read_text())
+    base["measurements"][0]["samples_ns"] = [max(1, ns // 4) for ns in base["measurements"][0]["samples_ns"]]
+    (tmp_path / "fast.json").write_text(json.dumps(base))
+    summaries = ("--junit", tmp_path / "x.xml", "--markdown", tmp_path / "x.md")
+    slower = deploycc(*words, "--against", tmp_path / "fast.json", "--max-slowdown", "20%", *summaries)
+    assert slower.status == 3
+    assert "TOO SLOW" in slower.out
+    assert "<failure" in (tmp_path / "x.xml").read_text()
+    assert "**over 20.0%**" in (tmp_path / "x.md").read_text()
+
+
+def test_bench_starts_fresh_processes_and_runs_every_scenario(compiled, deploycc):
+    out, _ = compiled
+    found = deploycc("bench", out, "net.py:make", "--min-seconds", "0.2", "--cold", "1", "--json").json
+    for item in found["measurements"]:
+        (start,) = item["cold"]
+        assert start["import_ms"] > 10
+        assert start["steady_rss_mb"] is None or start["steady_rss_mb"] > 20
+    quick = ("--min-seconds", "0.2", "--cold", "0", "--json")
+    many = deploycc("bench", out, "--scenario", "multi-stream", "--streams", "2", *quick).json
+    assert (many["scenario"]["kind"], many["measurements"][0]["streams"]) == ("multi-stream", 2)
+    server = deploycc("bench", out, "--scenario", "server", "--qps", "50", "--latency-bound", "1s", *quick).json
+    assert server["measurements"][0]["served"]["offered_qps"] == 50
+    shown = deploycc("bench", out, "--scenario", "offline", "--batch", "1", *quick[:-1]).out
+    assert "per second" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--scenario", "offline", "--batch", "7"), "cannot take batches of 7"),
+        (("--streams", "2"), "single-stream is one stream, not 2"),
+        (("--max-width", "5"), "--max-width is '5'"),
+        (("--affinity", "x"), "--affinity is 'x'"),
+        (("--allocator", "tlsf"), "there is no allocator 'tlsf'"),
+        (("--pictures", "."), "does not take pictures"),
+        (("--scenario", "server", "--qps", "1e9"), "answers at most"),
+        (("--targets", "onnxruntime-portable", "--loadgen"), "--targets measures single-stream latency only"),
+    ],
+)
+def test_what_bench_cannot_do_is_refused(compiled, deploycc, words, message):
+    refused = deploycc("bench", compiled[0], "--cold", "0", *words)
+    assert refused.status in (1, 2)
+    assert message in refused.err
+
+
+def test_the_schema_of_a_result_is_printed(deploycc):
+    found = deploycc("bench", "--schema").json
+    assert found["title"] == "BenchResult"
+    assert "measurements" in found["properties"]
 
 
 def test_an_onnx_file_skips_the_export(deploycc, tmp_path):
