@@ -26,7 +26,8 @@ from deploycc.core.store import file_digest
 from deploycc.errors import StoreError
 from deploycc.package.archive import add_file, member, write_archive, writing
 from deploycc.package.manifest import Contents, FileEntry, Manifest, describe
-from deploycc.package.report import render
+from deploycc.package.race import Race
+from deploycc.package.report import fragment, render, subjects_of
 from deploycc.runtime.bundle import MANIFEST, Golden, write_golden
 
 GOLDEN, TRANSFORM, RUNNER, REPORT = "golden.npz", "transform.json", "runner.pyz", "report.html"
@@ -47,6 +48,10 @@ class Bundle:
     folder: Path
     manifest: Manifest
     archive: Path | None = None
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what ships, the candidates, and how they stand to each other."""
+        return fragment(subjects_of(self.manifest)[0])
 
 
 def check_destination(out: Path) -> None:
@@ -74,12 +79,19 @@ def write(out: Path, contents: Contents, *, zipped: bool = False) -> Bundle:
     return _written(out, lambda work: _fill(work, contents), zipped=zipped)
 
 
-def place(folder: Path, out: Path, *, zipped: bool = False) -> Bundle:
-    """A copy of the bundle in `folder` at `out` (and `out`.zip), in place of an older bundle of that name. Raises like `write`."""
+def place(folder: Path, out: Path, *, zipped: bool = False, race: Race | None = None, command: str = "") -> Bundle:
+    """A copy of the bundle in `folder` at `out` (and `out`.zip), in place of an older bundle of that name.
+
+    With `race` it tells of the race that it won, and of the `command` that makes it alone, at `out`. Raises like `write`.
+    """
 
     def copied(work: Path) -> Manifest:
         shutil.copytree(folder, work, dirs_exist_ok=True)
-        return Manifest.model_validate_json((work / MANIFEST).read_text(encoding="utf-8"))
+        manifest = Manifest.model_validate_json((work / MANIFEST).read_text(encoding="utf-8"))
+        if race is None:
+            return manifest
+        run = manifest.measured.model_copy(update={"race": race, "command": command or manifest.measured.command})
+        return _reported(work, manifest.model_copy(update={"measured": run}))
 
     return _written(out, copied, zipped=zipped)
 
@@ -133,6 +145,11 @@ def _fill(work: Path, contents: Contents) -> Manifest:
     roles[RUNNER] = "runner"
     manifest = describe(contents)
     manifest = manifest.model_copy(update={"files": tuple(_entry(work, name, role) for name, role in roles.items())})
+    return _reported(work, manifest)
+
+
+def _reported(work: Path, manifest: Manifest) -> Manifest:
+    """Write report and manifest: whatever else there is, is written."""
     (work / REPORT).write_text(render(manifest), encoding="utf-8")
     run = manifest.measured.model_copy(update={"files": (_entry(work, REPORT, "report"),)})
     manifest = manifest.model_copy(update={"measured": run}).sealed()

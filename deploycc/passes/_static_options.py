@@ -107,7 +107,8 @@ class StaticOptions(Pass):
         whole = job.held_or_full(job.write({}))
         if self.fallback:
             whole = job.worst_in_float(whole)
-        return whole if self.islands == "keep" else job.without_islands(whole), model
+        whole = whole if self.islands == "keep" else job.without_islands(whole)
+        return replace(whole, details={**whole.details, "calibration": job.calibration()}), model
 
     def corrected(self, artifact: Artifact, float_model: ir.Model, context: Context) -> Artifact:
         """The quantized artifact with its measured mean errors taken out, where correct-bias asks for it."""
