@@ -15,7 +15,7 @@ aten: Any = torch.ops.aten
 
 def drops_axes(node: fx.Node) -> bool:
     """Whether a node is the mean over the last two of four axes, of fixed size, that drops them."""
-    args: tuple[Any, ...] = node.args
+    args: Any = node.args
     if node.target is not aten.mean.dim or node.kwargs or (len(args) > 2 and args[2]) or len(args) > 3:
         return False
     source: Any = args[0]
