@@ -27,6 +27,10 @@ from deploycc.remote.state import State
 from deploycc.remote.transport import Address, shell_text
 from deploycc.remote.work import DeviceResult, Failure, save_path
 
+BUSYBOX_TOOLS = (
+    *("sh", "cat", "mkdir", "rm", "rmdir", "mv", "chmod", "sleep", "readlink"),
+    *("dirname", "wc", "sha256sum", "df", "tail", "date", "uname", "tr", "nproc"),
+)
 PUSHES = "exec 3<&0"  # in scripts.PUSH alone
 
 
@@ -123,27 +127,7 @@ def tools_of(shell: str, folder: Path) -> str:
     if program is None:
         pytest.skip(f"there is no {shell} here")
     folder.mkdir()
-    applets = [
-        "sh",
-        "cat",
-        "mkdir",
-        "rm",
-        "rmdir",
-        "mv",
-        "chmod",
-        "sleep",
-        "readlink",
-        "dirname",
-        "wc",
-        "sha256sum",
-        "df",
-        "tail",
-        "date",
-        "uname",
-        "tr",
-        "nproc",
-    ]
-    for name in applets if shell == "busybox" else ("sh",):
+    for name in BUSYBOX_TOOLS if shell == "busybox" else ("sh",):
         (folder / name).symlink_to(program)
     return str(folder) if shell == "busybox" else f"{folder}:/usr/bin:/bin"
 
