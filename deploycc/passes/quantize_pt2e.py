@@ -14,8 +14,8 @@ its defaults do not do, one after the other: agreement and SQNR against float of
     bias correction: b += (W − W_q)·E[x], E[x] the mean input over the calibration samples (M. Nagel et al.,
       "Data-Free Quantization through Weight Equalization and Bias Correction", ICCV 2019)                  98.8 %  24.3 dB
 
-The .pte of target rpi4, made so: 98.2 %, 24.2 dB. Its kernels round ties another way than the program in PyTorch. With random weights, which
-say nothing of accuracy, ResNet-18's has 36.5 dB and MobileNetV2's 30.8 dB.
+The .pte of target rpi4, made so: 98.2 %, 24.2 dB. Its kernels round ties another way than the program in PyTorch. With random weights,
+which say nothing of accuracy, ResNet-18's has 36.5 dB and MobileNetV2's 30.8 dB.
 """
 
 from __future__ import annotations
