@@ -15,12 +15,13 @@ aten: Any = torch.ops.aten
 
 def drops_axes(node: fx.Node) -> bool:
     """Whether a node is the mean over the last two of four axes, of fixed size, that drops them."""
-    args: Any = node.args
-    if node.target is not aten.mean.dim or node.kwargs or (len(args) > 2 and args[2]) or len(args) > 3:
+    if node.target is not aten.mean.dim or node.kwargs:
         return False
-    source: Any = args[0]
+    arguments: Any = node.args
+    source, dims, *rest = arguments
+    if any(rest) or not dims:
+        return False
     shape = source.meta["val"].shape
-    dims: Any = args[1]
     return len(shape) == 4 and all(isinstance(size, int) for size in shape) and sorted(axis % 4 for axis in dims) == [2, 3]
 
 
