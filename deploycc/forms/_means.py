@@ -15,11 +15,13 @@ aten: Any = torch.ops.aten
 
 def drops_axes(node: fx.Node) -> bool:
     """Whether a node is the mean over the last two of four axes, of fixed size, that drops them."""
-    if node.target is not aten.mean.dim or node.kwargs or (len(node.args) > 2 and node.args[2]) or len(node.args) > 3:
+    if node.target is not aten.mean.dim or node.kwargs:
         return False
-    source: Any = node.args[0]
+    arguments: Any = node.args
+    source, dims, *rest = arguments
+    if any(rest) or not dims:
+        return False
     shape = source.meta["val"].shape
-    dims: Any = node.args[1]
     return len(shape) == 4 and all(isinstance(size, int) for size in shape) and sorted(axis % 4 for axis in dims) == [2, 3]
 
 

@@ -7,14 +7,15 @@ XNNPACK's own quantizer (executorch.backends.xnnpack.quantizer) says which opera
 its defaults do not do, one after the other: agreement and SQNR against float of EfficientNet-Lite0 (PT2E program), 128 photos to calibrate,
 165 others to judge
 
-    XNNPACKQuantizer, per channel, HistogramObserver                                                         __PLAIN__
+    XNNPACKQuantizer, per channel, HistogramObserver                                                         87.3 %   7.6 dB
     one Q behind a clip instead of one before it and one behind; min-max ranges                              95.2 %  18.9 dB
     calibration=mse                                                                                          95.8 %  18.2 dB
     kernels on single channels and on pixels are rounded with their sums kept (`_rounding`)                  94.5 %  22.0 dB
     bias correction: b += (W − W_q)·E[x], E[x] the mean input over the calibration samples (M. Nagel et al.,
       "Data-Free Quantization through Weight Equalization and Bias Correction", ICCV 2019)                  98.8 %  24.3 dB
 
-The .pte of the last row: 97.6 %, 24.1 dB. Its kernels round ties another way than the program in PyTorch.
+The .pte of target rpi4, made so: 98.2 %, 24.2 dB. Its kernels round ties another way than the program in PyTorch. With random weights,
+which say nothing of accuracy, ResNet-18's has 36.5 dB and MobileNetV2's 30.8 dB.
 """
 
 from __future__ import annotations
