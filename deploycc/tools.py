@@ -23,6 +23,7 @@ from deploycc.core.registry import BACKENDS, FORMS
 from deploycc.core.target import Bench
 from deploycc.emulate import root as emulator
 from deploycc.errors import DeployError, UsageError
+from deploycc.package import cpp_build
 from deploycc.planning import find_source, open_dataset
 from deploycc.runtime import bundle as bundles
 from deploycc.runtime import cuda, host, sessions
@@ -251,6 +252,10 @@ def doctor() -> dict[str, Any]:
                 "here": emulator.missing() is None,
                 "install": emulator.INSTALL,
             },
+            *(
+                {"what": f"a compiler for {arch} (package --runner cpp)", "here": install is None, "install": install or ""}
+                for arch, install in cpp_build.recipes().items()
+            ),
         ],
     }
 

@@ -57,6 +57,11 @@ def missing_tools(arch: str) -> str | None:
     return None if there else tools.install
 
 
+def recipes() -> dict[str, str | None]:
+    """Every architecture that can be built for on this machine, and what must be installed for it."""
+    return {arch: missing_tools(arch) for arch in ARCHES if arch in (cpu_arch(), "aarch64")}
+
+
 def build(runtime: str, version: str, arch: str, probe: Path | None = None) -> Path:
     """A folder with `runner`, `lib/` and the runtime's licences; with the source `probe`, a program of that name on the runner's parts too.
 

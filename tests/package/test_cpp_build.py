@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from deploycc import render
 from deploycc.errors import BuildError, MissingDependency, StoreError, UnsupportedError, UsageError
 from deploycc.package import _onnxruntime_header as header
 from deploycc.package import _wheels, cpp_build
@@ -26,6 +28,7 @@ from deploycc.package.pack import pack
 from deploycc.package.runners.cpp import CppRunner
 from deploycc.runtime.bundle import load
 from deploycc.runtime.machine import cpu_arch
+from deploycc.tools import doctor
 
 OTHER = "aarch64" if cpu_arch() == "x86_64" else "x86_64"
 
@@ -149,6 +152,15 @@ def test_a_missing_compiler_is_told_with_its_install_command(tools: Callable[...
         assert cpp_build.missing_tools("aarch64") == "apt-get install -y g++-aarch64-linux-gnu cmake make"
     tools(gpp="")
     assert cpp_build.missing_tools(cpu_arch()) is None
+
+
+def test_the_doctor_tells_which_runners_can_be_built(tools: Callable[..., None]):
+    tools(cmake=CMAKE, ninja="", gpp="")
+    assert cpp_build.recipes()[cpu_arch()] is None
+    text = render.diagnosis(doctor())
+    assert re.search(rf"a compiler for {cpu_arch()} \(package --runner cpp\) +ok", text)
+    if cpu_arch() == "x86_64":
+        assert re.search(r"a compiler for aarch64 .* missing: apt-get install -y g\+\+-aarch64-linux-gnu cmake make", text)
 
 
 def test_what_the_compiler_says_is_shown(tools: Callable[..., None], cache: Path):
