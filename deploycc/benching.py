@@ -22,6 +22,7 @@ from deploycc.errors import UsageError
 from deploycc.planning import open_dataset
 from deploycc.runtime import bundle as bundles
 from deploycc.runtime import host, sessions
+from deploycc.runtime.inputs import interpret, read_input
 from deploycc.runtime.signature import Signature
 from deploycc.tools import Shapes, is_bundle, load_model
 
@@ -160,6 +161,6 @@ def _pictures(text: str, loaded: bundles.LoadedBundle, path: Path) -> Pictures:
         raise UsageError(f"there are no pictures in {path}", fix=f"give a folder of {', '.join(sorted(PICTURES))} files, or one of them")
     return Pictures(
         found[:MOST_PICTURES],
-        prepare=lambda file: bundles.read_input(loaded, file),
-        finish=lambda outputs: bundles.interpret(loaded, outputs, 5),
+        prepare=lambda file: read_input(loaded, file),
+        finish=lambda outputs: interpret(loaded, outputs, 5),
     )

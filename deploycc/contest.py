@@ -25,7 +25,8 @@ from deploycc.core.target import Bench, Target
 from deploycc.decision import EAGER
 from deploycc.errors import DeployError, Interrupted, TargetError, UsageError
 from deploycc.package.bundle import Bundle, check_destination, place
-from deploycc.planning import Options
+from deploycc.package.race import Entry, Race
+from deploycc.planning import Options, command_line
 from deploycc.runtime import bundle as bundles
 from deploycc.runtime.machine import cpu_flags
 
@@ -43,6 +44,7 @@ class Contest:
         refused: (target, reason) for those that could not be compiled.
         bench: every shipped artifact, and eager PyTorch where the model is a torch module, interleaved.
         best: the result that was kept.
+        race: how they stood to each other; the bundle keeps it, too.
         bundle: its bundle.
         seconds: wall time.
     """
@@ -51,6 +53,7 @@ class Contest:
     refused: tuple[tuple[str, str], ...]
     bench: BenchResult
     best: driver.Compiled
+    race: Race
     bundle: Bundle
     seconds: float
 
@@ -58,6 +61,10 @@ class Contest:
     def exit_status(self) -> int:
         """That of the best."""
         return self.best.exit_status
+
+    def _repr_html_(self) -> str:
+        """In a notebook: that of the bundle, which tells of the race."""
+        return self.bundle._repr_html_()
 
 
 def obstacle(target: Target) -> str | None:
@@ -141,12 +148,16 @@ def run(
         say(f"timing {', '.join(result.plan.target.name for result in compiled)} in turns …")
         bench = _race(compiled, race or compiled[0].plan.target.bench, options.seed, progress)
         best = choose(compiled, bench)
-        bundle = place(best.bundle.folder, options.output, zipped=options.zip)
+        own = command_line(best.plan, best.shipped.artifact.source, options)
+        everyone = ",".join(item if isinstance(item, str) else item.name for item in names)
+        together = own.replace(f"--target {best.plan.target.name}", f"--target {everyone}", 1)
+        told = Race(entries=entries(compiled, bench, best), refused=tuple(refused), bench=bench, command=together)
+        bundle = place(best.bundle.folder, options.output, zipped=options.zip, race=told, command=own)
     if interrupted is not None:
         raise Interrupted(
             f"stopped by the user; the best of {len(compiled)} targets ({best.plan.target.name}) is in {bundle.folder}", fix=interrupted.fix
         )
-    return Contest(tuple(compiled), tuple(refused), bench, best, bundle, time.monotonic() - started)
+    return Contest(tuple(compiled), tuple(refused), bench, best, told, bundle, time.monotonic() - started)
 
 
 def shoot_out(
@@ -182,6 +193,30 @@ def _race(compiled: Sequence[driver.Compiled], settings: Bench, seed: int, progr
         own = driver.real_feeds(result.plan.data, result.shipped.artifact, seed)
         candidates.append(Candidate(result.plan.target.name, lambda loaded=loaded: bundles.open_session(loaded, settings.threads), own))
     return measure(candidates, settings=settings, baseline=candidates[0].name, seed=seed, progress=progress)
+
+
+def entries(compiled: Sequence[driver.Compiled], bench: BenchResult, best: driver.Compiled) -> tuple[Entry, ...]:
+    """Eager PyTorch, where it was timed, with the float reference's accuracy; then every target."""
+    found = [_entry(result, result is best) for result in compiled]
+    if bench.baseline != EAGER:
+        return tuple(found)
+    reference = compiled[0].outcome.parent.accuracy
+    return (Entry(name=EAGER, metric=reference.reference if reference else None), *found)
+
+
+def _entry(result: driver.Compiled, best: bool) -> Entry:
+    attempt, accuracy = result.shipped, result.shipped.accuracy
+    return Entry(
+        name=result.plan.target.name,
+        best=best,
+        ships="int8" if attempt.artifact.quant else "float",
+        bytes=attempt.bytes,
+        metric_name=accuracy.metric if accuracy else None,
+        metric=accuracy.candidate if accuracy else None,
+        agreement=accuracy.agreement if accuracy else None,
+        sqnr_db=accuracy.sqnr_db if accuracy else None,
+        int8_macs=attempt.built.coverage.int8_macs,
+    )
 
 
 def choose(compiled: Sequence[driver.Compiled], bench: BenchResult) -> driver.Compiled:

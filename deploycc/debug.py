@@ -171,13 +171,14 @@ def _float_graph(loaded: bundles.LoadedBundle, context: Context) -> Artifact:
     """What the first pass that rounds was given."""
     did = [receipt for receipt in loaded.manifest["shipped"]["receipts"] if receipt["changed"]]
     passes = [step.body for receipt in did for step in Pipeline.parse(receipt["spec"]).steps]
-    before = passes[: next((index for index, body in enumerate(passes) if _rounds(body)), len(passes))]
+    before = passes[: next((index for index, body in enumerate(passes) if rounds(body)), len(passes))]
     kept = [body for body in before if body.effect.tolerance is not None]  # what trains and prunes is in the checkpoint
     pipeline = Pipeline(tuple(Step(body, asked=Form.ONNX in body.consumes) for body in kept))
     return pipeline.run(context.reference, context, store=Store(default_root()))
 
 
-def _rounds(body: Pass) -> bool:
+def rounds(body: Pass) -> bool:
+    """Whether a pass makes integers of a float graph; what comes before it is the float graph."""
     return body.effect.tolerance is None and Form.ONNX in body.consumes and Form.MODULE not in body.consumes
 
 

@@ -38,6 +38,7 @@ from deploycc.core.timing import Profiles
 from deploycc.decision import COMPILED, EAGER, FLOAT, Attempt, Outcome, best, check_limits, decide
 from deploycc.errors import DataNeeded, DeployError, Interrupted, MissingDependency, UsageError
 from deploycc.forms.module import example_feeds
+from deploycc.layers import FloatGraphs
 from deploycc.package.bundle import Bundle, check_destination, write
 from deploycc.package.manifest import AttemptRecord, Contents, LimitCheck, record_attempt
 from deploycc.planning import Options, Plan, capture, command_line, declared_transform, find_source, plan
@@ -74,6 +75,10 @@ class Compiled:
     def exit_status(self) -> int:
         """0 when every limit that could be measured was met, else 3."""
         return 3 if any(check.met is False for check in self.limits) else 0
+
+    def _repr_html_(self) -> str:
+        """In a notebook: that of the bundle."""
+        return self.bundle._repr_html_()
 
 
 def compile(model: Any, options: Options, progress: Progress = silent) -> Compiled:
@@ -205,7 +210,8 @@ class _Job:
         self.options = options
         self.context = context
         self.store = _store(options)
-        self.observers: list[Observer] = [Verify(), Announce()]
+        self.floats = FloatGraphs()
+        self.observers: list[Observer] = [Verify(), Announce(), self.floats]
         if distributed.is_main():
             self.observers += [Latency(planned.backend if planned.native else None), Quality()]
         if options.dump and distributed.is_main():
@@ -284,17 +290,21 @@ class _Job:
             outputs = [session.run(item) for item in feeds]
         records = [_record(FLOAT, outcome.parent), *(_record(_rung(index), item) for index, item in enumerate(outcome.attempts))]
         everything = [outcome.parent, *outcome.attempts]
+        layers, layer_ms = self.floats.layers(
+            shipped.artifact, shipped.built, self.planned.backend, self.context, native=self.planned.native
+        )
         chosen = next(index for index, item in enumerate(everything) if item is shipped)
         return Contents(
             target=self.planned.target,
             artifact=shipped.artifact,
             built=shipped.built,
-            shipped=records[chosen].model_copy(update={"name": outcome.decision.shipped}),
+            shipped=records[chosen].model_copy(update={"name": outcome.decision.shipped, "layers": layers}),
             others=[record for index, record in enumerate(records) if index != chosen],
             decision=outcome.decision,
             detail=outcome.detail,
             limits=limits,
             bench=outcome.bench,
+            layer_ms=layer_ms,
             feeds=feeds,
             outputs=outputs,
             seed=self.options.seed,

@@ -10,7 +10,7 @@ from deploycc.render import DASH, decibel, doubts, finite, interval, millisecond
 
 if TYPE_CHECKING:
     from deploycc.contest import Contest
-    from deploycc.driver import Compiled
+    from deploycc.package.race import Entry
     from deploycc.showcase import Shown
 
 
@@ -64,29 +64,18 @@ def contest_end(found: Contest) -> Iterator[str]:
 
 def contest_rows(found: Contest) -> list[dict[str, Any]]:
     """As plain values; speed-up is over the bench's baseline, eager PyTorch where the model is a torch module."""
-    reference = found.compiled[0].outcome.parent.accuracy
-    eager = [_contest_row(found, EAGER, None, reference.reference if reference else None)] if found.bench.baseline == EAGER else []
-    return eager + [_contest_row(found, result.plan.target.name, result, None) for result in found.compiled]
+    return [_contest_row(found, entry) for entry in found.race.entries]
 
 
-def _contest_row(found: Contest, name: str, result: Compiled | None, metric: float | None) -> dict[str, Any]:
-    timed = found.bench.get(name)
-    attempt = result.shipped if result else None
-    accuracy = attempt.accuracy if attempt else None
-    ratio = found.bench.ratio(name) if result else None
+def _contest_row(found: Contest, entry: Entry) -> dict[str, Any]:
+    timed = found.bench.get(entry.name)
+    ratio = found.bench.ratio(entry.name) if entry.name != EAGER else None
     return {
-        "name": name,
-        "best": result is found.best,
-        "ships": ("int8" if attempt.artifact.quant else "float") if attempt else DASH,
-        "bytes": attempt.bytes if attempt else None,
+        **entry.model_dump(),
+        "ships": entry.ships or DASH,
         "p50_ms": (timed.p50_ms, *timed.interval()),
         "p99_ms": timed.p99_ms,
         "speedup": (ratio.value, ratio.low, ratio.high) if ratio else None,
-        "metric_name": accuracy.metric if accuracy else None,
-        "metric": accuracy.candidate if accuracy else metric,
-        "agreement": accuracy.agreement if accuracy else None,
-        "sqnr_db": accuracy.sqnr_db if accuracy else None,
-        "int8_macs": attempt.built.coverage.int8_macs if attempt else None,
     }
 
 
@@ -97,6 +86,7 @@ def contest_json(found: Contest) -> dict[str, Any]:
             "rows": contest_rows(found),
             "best": found.best.plan.target.name,
             "bundle": str(found.bundle.folder),
+            "command": found.race.command,
             "refused": dict(found.refused),
             "bench": found.bench.model_dump(mode="json"),
             "warnings": list(found.bench.warnings()),

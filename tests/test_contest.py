@@ -103,6 +103,14 @@ def test_the_best_is_kept_and_the_others_are_told(net, tmp_path):
     text = "\n".join(part for part in (*render_contest.contest(found), *render_contest.contest_end(found)) if isinstance(part, str))
     assert "c takes no part: not here" in text
     assert "bad takes no part" in text
+    page = (tmp_path / "best" / "report.html").read_text()
+    assert "the race" in page
+    assert "bad: " in page
+    kept = bundles.load(tmp_path / "best").manifest["measured"]
+    assert kept["race"]["entries"] == json.loads(found.race.model_dump_json())["entries"]
+    assert "--target a,b,bad " in kept["race"]["command"]
+    assert kept["command"].endswith(f"-o {tmp_path / 'best'}")  # not where it was compiled first
+    assert "PyTorch eager" in found._repr_html_()
     document = render_contest.contest_json(found)
     assert [row["name"] for row in document["rows"]] == ["PyTorch eager", "a", "b"]
     assert [row["name"] for row in document["rows"] if row["best"]] == [document["best"]]
@@ -212,7 +220,12 @@ def test_a_shoot_out_shows_the_race_and_keeps_no_bundle(net, tmp_path, monkeypat
     assert "best bundle" not in out
     assert {item.name for item in load(tmp_path / "race.json").measurements} == {"PyTorch eager", "a", "b"}
     assert not app([*words, "--targets", "a,b", "--json"], standalone_mode=False)
-    document = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    document = json.loads(printed)
+    (tmp_path / "printed.json").write_text(printed)
+    assert not app(["report", str(tmp_path / "printed.json"), "-o", str(tmp_path / "page.html")], standalone_mode=False)
+    assert "printed.json" in capsys.readouterr().out
+    assert "Latency, every sample" in (tmp_path / "page.html").read_text()
     assert document["bundle"] is None
     assert document["bench"]["settings"]["min_runs"] == 5
     with pytest.raises(UsageError, match="--targets takes one model, not 2"):

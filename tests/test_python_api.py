@@ -29,6 +29,8 @@ def test_a_module_compiles_and_stays_as_it_was(data, tmp_path, monkeypatch):
     assert model.training
     assert compiled.bundle.manifest.source == "Sequential"
     assert compiled.shipped.accuracy.agreement >= 0.95
+    assert "Shipped: " in compiled._repr_html_()
+    assert compiled._repr_html_() == compiled.bundle._repr_html_()
     found = deploycc.benchmark(str(tmp_path / "b" / "model.onnx"), str(tmp_path / "b"))
     assert [item.name for item in found.measurements] == [str(tmp_path / "b" / "model.onnx"), str(tmp_path / "b")]
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 from pydantic import Field, ValidationError, model_validator
 
+from deploycc.bench import notebook
 from deploycc.bench.environment import Environment
 from deploycc.bench.measurement import Measurement, Record
 from deploycc.bench.scenario import Scenario
@@ -145,6 +146,10 @@ class BenchResult(Record):
         if base is None or (other := self.get(base)).batch == item.batch:
             return ""
         return f"a call holds {item.batch} samples and one of {base} {other.batch}: the ratio is of unlike work (--batch makes them alike)"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: a table of the candidates, the machine, and why not to trust the times."""
+        return notebook.table(self)
 
     def save(self, path: Path) -> None:
         """Write as JSON. Raises StoreError."""

@@ -1,4 +1,4 @@
-"""What is done with a bundle or a model: `run`, `verify`, `debug`, `inspect`."""
+"""What is done with a bundle or a model: `run`, `debug`, `inspect`."""
 
 from __future__ import annotations
 
@@ -26,19 +26,6 @@ def run(
         emit(found)
     else:
         show(render.prediction(found))
-
-
-@app.command()
-def verify(bundle: Path, json: Json = False) -> None:
-    """Check a bundle: hashes, this machine, golden outputs."""
-    from deploycc import tools
-
-    found = tools.verify(bundle)
-    if json:
-        emit(found)
-        return
-    for line in found["checks"]:
-        show(f"ok  {line}")
 
 
 @app.command()

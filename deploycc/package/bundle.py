@@ -9,14 +9,12 @@ roundings fall to the other side now and then; integer kernels against float emu
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +24,10 @@ from deploycc import __version__
 from deploycc.core.artifact import QuantInfo
 from deploycc.core.store import file_digest
 from deploycc.errors import StoreError
+from deploycc.package.archive import add_file, member, write_archive, writing
 from deploycc.package.manifest import Contents, FileEntry, Manifest, describe
-from deploycc.package.report import render
+from deploycc.package.race import Race
+from deploycc.package.report import fragment, render, subjects_of
 from deploycc.runtime.bundle import MANIFEST, Golden, write_golden
 
 GOLDEN, TRANSFORM, RUNNER, REPORT = "golden.npz", "transform.json", "runner.pyz", "report.html"
@@ -48,6 +48,10 @@ class Bundle:
     folder: Path
     manifest: Manifest
     archive: Path | None = None
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what ships, the candidates, and how they stand to each other."""
+        return fragment(subjects_of(self.manifest)[0])
 
 
 def check_destination(out: Path) -> None:
@@ -75,12 +79,19 @@ def write(out: Path, contents: Contents, *, zipped: bool = False) -> Bundle:
     return _written(out, lambda work: _fill(work, contents), zipped=zipped)
 
 
-def place(folder: Path, out: Path, *, zipped: bool = False) -> Bundle:
-    """A copy of the bundle in `folder` at `out` (and `out`.zip), in place of an older bundle of that name. Raises like `write`."""
+def place(folder: Path, out: Path, *, zipped: bool = False, race: Race | None = None, command: str = "") -> Bundle:
+    """A copy of the bundle in `folder` at `out` (and `out`.zip), in place of an older bundle of that name.
+
+    With `race` it tells of the race that it won, and of the `command` that makes it alone, at `out`. Raises like `write`.
+    """
 
     def copied(work: Path) -> Manifest:
         shutil.copytree(folder, work, dirs_exist_ok=True)
-        return Manifest.model_validate_json((work / MANIFEST).read_text(encoding="utf-8"))
+        manifest = Manifest.model_validate_json((work / MANIFEST).read_text(encoding="utf-8"))
+        if race is None:
+            return manifest
+        run = manifest.measured.model_copy(update={"race": race, "command": command or manifest.measured.command})
+        return _reported(work, manifest.model_copy(update={"measured": run}))
 
     return _written(out, copied, zipped=zipped)
 
@@ -89,7 +100,7 @@ def _written(out: Path, fill: Callable[[Path], Manifest], *, zipped: bool) -> Bu
     """What `fill` writes into a folder, put at `out` when all of it is there."""
     out = out.resolve()  # a symbolic link stays one: what it points to is replaced
     check_destination(out)
-    with _writing(out):
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
         try:
@@ -104,28 +115,8 @@ def _written(out: Path, fill: Callable[[Path], Manifest], *, zipped: bool) -> Bu
 
 def zip_bundle(bundle: Bundle, path: Path) -> Path:
     """Write the whole bundle as one .zip: the same bytes for the same files. Raises StoreError."""
-    files = sorted(item for item in bundle.folder.rglob("*") if item.is_file())
-    with _writing(path):
-        work = path.with_name(f".{path.name}.writing")
-        try:
-            with zipfile.ZipFile(work, "w", zipfile.ZIP_DEFLATED) as archive:
-                for file in files:
-                    _add_file(archive, f"{bundle.folder.name}/{file.relative_to(bundle.folder).as_posix()}", file)
-            work.replace(path)
-        finally:
-            work.unlink(missing_ok=True)
+    write_archive(bundle.folder, path, "zip", bundle.folder.name)
     return path
-
-
-@contextmanager
-def _writing(path: Path) -> Generator[None]:
-    """Errors of the file system as StoreError."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fix = "free some space, or give -o a folder on another disk" if full else "give -o a folder that you may write to"
-        raise StoreError(f"cannot write {path}: {error.strerror or error}", fix=fix) from error
 
 
 def _fill(work: Path, contents: Contents) -> Manifest:
@@ -154,6 +145,11 @@ def _fill(work: Path, contents: Contents) -> Manifest:
     roles[RUNNER] = "runner"
     manifest = describe(contents)
     manifest = manifest.model_copy(update={"files": tuple(_entry(work, name, role) for name, role in roles.items())})
+    return _reported(work, manifest)
+
+
+def _reported(work: Path, manifest: Manifest) -> Manifest:
+    """Write report and manifest: whatever else there is, is written."""
     (work / REPORT).write_text(render(manifest), encoding="utf-8")
     run = manifest.measured.model_copy(update={"files": (_entry(work, REPORT, "report"),)})
     manifest = manifest.model_copy(update={"measured": run}).sealed()
@@ -208,23 +204,9 @@ def write_runner(path: Path) -> None:
     """Write runner.pyz: errors, runtime/ and a __main__; the same bytes for the same code."""
     files = [PACKAGE / "errors.py", *sorted((PACKAGE / "runtime").rglob("*.py"))]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(_member("__main__.py"), MAIN)
+        archive.writestr(member("__main__.py"), MAIN)
         archive.writestr(
-            _member("deploycc/__init__.py"), f'"""The part of deploycc that runs a bundle."""\n\n__version__ = "{__version__}"\n'
+            member("deploycc/__init__.py"), f'"""The part of deploycc that runs a bundle."""\n\n__version__ = "{__version__}"\n'
         )
         for file in files:
-            _add_file(archive, f"deploycc/{file.relative_to(PACKAGE).as_posix()}", file)
-
-
-def _add_file(archive: zipfile.ZipFile, name: str, file: Path) -> None:
-    with file.open("rb") as source, archive.open(_member(name), "w", force_zip64=True) as target:
-        shutil.copyfileobj(source, target, 1 << 20)
-
-
-def _member(name: str) -> zipfile.ZipInfo:
-    """A member without the file's date and owner."""
-    member = zipfile.ZipInfo(name)  # without a date of its own it is always 1980-01-01
-    member.compress_type = zipfile.ZIP_DEFLATED
-    member.external_attr = 0o644 << 16
-    member.create_system = 3  # Unix, wherever it is written
-    return member
+            add_file(archive, f"deploycc/{file.relative_to(PACKAGE).as_posix()}", file)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,6 +22,8 @@ from deploycc.bench.result import Accuracy, BenchResult, Verdict
 from deploycc.core.artifact import Artifact, Drift, ModelStats, QuantInfo, Receipt
 from deploycc.core.contract import Built, Coverage
 from deploycc.core.target import Target
+from deploycc.package.layers import Layers
+from deploycc.package.race import Race
 from deploycc.runtime.bundle import SCHEMA_VERSION, canonical, document_digest
 from deploycc.runtime.statistics import Ratio
 
@@ -35,7 +37,7 @@ class _Record(BaseModel):
 
 
 class FileEntry(_Record):
-    """A file of the bundle. Roles: model, model-data, golden, transform, checkpoint, runner, report."""
+    """A file of the bundle. Roles: model, model-data, golden, transform, checkpoint, runner, report, sbom."""
 
     path: str
     role: str
@@ -80,6 +82,7 @@ class AttemptRecord(_Record):
         verdict: of the gate; None without data.
         receipts: one per pass.
         notes: fall-backs and facts the backend reported.
+        layers: how far each layer is from float; of a quantized graph that ships, where there were data.
     """
 
     name: str
@@ -91,6 +94,7 @@ class AttemptRecord(_Record):
     verdict: Verdict | None
     receipts: tuple[ReceiptRecord, ...]
     notes: tuple[str, ...] = ()
+    layers: Layers | None = None
 
 
 class LimitCheck(_Record):
@@ -126,6 +130,8 @@ class Run(_Record):
         detail: the measured times behind the decision.
         limits: checks of limits on time and memory.
         bench: interleaved latencies with raw samples and environment; None when this machine is not the target.
+        layer_ms: ms of one call by the tensors of `shipped.layers`, where the runtime's profiler could tell.
+        race: of the targets that this bundle won against; None where it was compiled alone.
         files: entries of files that show measured times (the report).
         digest: SHA-256 of the whole manifest without this value.
     """
@@ -136,6 +142,8 @@ class Run(_Record):
     detail: str = ""
     limits: tuple[LimitCheck, ...] = ()
     bench: BenchResult | None = None
+    layer_ms: dict[str, float] = Field(default_factory=dict[str, float])
+    race: Race | None = None
     files: tuple[FileEntry, ...] = ()
     digest: str = ""
 
@@ -150,7 +158,7 @@ class Manifest(_Record):
         source: the text the user named the model by.
         seed: of every random choice.
         target: name and resolved facts: backend, arch, requires (CPU flags), quant, limits, bench settings …
-        runtime: session, package, version, minimum, engine.
+        runtime: session, package, version, minimum, below, reason, engine.
         signature: what the model takes and gives.
         decision: what was shipped, and why.
         notices: what must be said wherever a number of this model is shown.
@@ -233,6 +241,7 @@ class Contents:
         detail: the measured times behind the decision, in words.
         limits: how the shipped artifact stands to every limit.
         bench: interleaved latencies, or None.
+        layer_ms: times of the layers of what ships.
         feeds: a few real inputs of the shipped model; empty without data.
         outputs: what the built model answered to them.
         seed: of every random choice.
@@ -250,6 +259,7 @@ class Contents:
     detail: str = ""
     limits: Sequence[LimitCheck] = ()
     bench: BenchResult | None = None
+    layer_ms: Mapping[str, float] = field(default_factory=dict[str, float])
     feeds: Sequence[dict[str, Any]] = ()
     outputs: Sequence[dict[str, Any]] = ()
     seed: int
@@ -264,10 +274,10 @@ def describe(contents: Contents) -> Manifest:
         source=contents.artifact.source,
         seed=contents.seed,
         target=_target_facts(contents.target),
-        runtime=dict(contents.built.runtime),
+        runtime={**contents.built.runtime, **_newest(contents.target)},
         signature=contents.built.signature.to_json(),
         decision=contents.decision,
-        notices=contents.artifact.notices,
+        notices=(*contents.artifact.notices, *contents.target.notices),
         shipped=contents.shipped,
         others=tuple(contents.others),
         limits=tuple(check for check in contents.limits if check.name not in TIMED_LIMITS),
@@ -278,13 +288,20 @@ def describe(contents: Contents) -> Manifest:
             detail=contents.detail,
             limits=tuple(check for check in contents.limits if check.name in TIMED_LIMITS),
             bench=contents.bench,
+            layer_ms=dict(contents.layer_ms),
         ),
     )
 
 
+def _newest(target: Target) -> dict[str, str]:
+    """The first version of the runtime's package that a loader refuses, and why; nothing where the target names none."""
+    runtime = target.runtime
+    return {} if runtime.below is None else {"below": runtime.below, "reason": runtime.reason}
+
+
 def _target_facts(target: Target) -> dict[str, Any]:
     """The target as resolved; what a loader checks comes first."""
-    facts = target.model_dump(mode="json", exclude={"auto", "docs"})
+    facts = target.model_dump(mode="json", exclude={"auto", "docs", "notices"})
     return {"name": facts.pop("name"), "arch": facts.pop("arch"), "requires": facts["hardware"]["requires"], **facts}
 
 

@@ -8,6 +8,7 @@ docstrings are the rules, and `deploycc passes quantize-static` prints them.
 from __future__ import annotations
 
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
@@ -236,7 +237,36 @@ class TensorRt(Dialect):
         return False
 
 
-DIALECTS: Mapping[str, type[Dialect]] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino, "tensorrt": TensorRt}
+class TensorRtFloat8(TensorRt):
+    """TensorRT's explicit quantization in float8 (10.12 and later)."""
+
+    largest_kernel: ClassVar[int] = 32
+
+    def obstacle(self, node: ir.Node) -> str | None:
+        """As in int8, and left in float besides: convolutions of 16 channels or fewer, grouped ones, and kernels over 32 places.
+
+        Source: the rules of NVIDIA's Model Optimizer 0.47, which leave out what TensorRT has no float8 kernel for.
+        """
+        if (reason := super().obstacle(node)) is not None or node.op_type != "Conv":
+            return reason
+        weight = node.inputs[1]
+        assert weight is not None  # an obstacle otherwise
+        assert weight.const_value is not None  # likewise
+        out, channels, *kernel = weight.const_value.numpy().shape
+        if node.attributes.get_int("group", 1) > 1:
+            return "grouped: no float8 kernel"
+        if min(out, channels) <= self.least_channels:
+            return f"{min(out, channels)} channels: no float8 kernel up to {self.least_channels}"
+        area = math.prod(kernel)
+        return f"a kernel over {area} places: no float8 kernel over {self.largest_kernel}" if area > self.largest_kernel else None
+
+
+DIALECTS: Mapping[str, type[Dialect]] = {
+    "onnxruntime": OnnxRuntime,
+    "openvino": OpenVino,
+    "tensorrt": TensorRt,
+    "tensorrt-float8": TensorRtFloat8,
+}
 
 
 RULES = ("obstacle", "joins", "after", "centred", "rounds")

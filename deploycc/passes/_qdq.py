@@ -30,6 +30,7 @@ FEW_CHANNELS = 4  # a kernel over at most so many input channels sees much the s
 JUDGED_WEIGHTS = 2048  # of a channel, when its scale is chosen: enough for a mean error, and a large layer stays quick
 REQUANTIZED = frozenset({"Conv", "ConvTranspose", "Gemm"})  # ONNX Runtime quantizes their float weights behind a DQ of one scale
 CLIP_SHARES = np.linspace(1.0, 0.6, 41)
+FLOAT8 = "float8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,15 @@ class Scale:
     scale: np.float32
     zero_point: np.ndarray  # scalar of the activation's dtype
     before: np.float32 | None = None  # what is quantized has another scale than what is read (`_gates`)
+
+
+def dtype_of(kind: str) -> np.dtype[Any]:
+    """The arrays' type that a target calls `kind`; float8 is e4m3, without infinities."""
+    if kind != FLOAT8:
+        return np.dtype(kind)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 def activation_scale(low: float, high: float, quant: Quant) -> Scale:
@@ -63,7 +73,7 @@ def gate_scale(alpha: float, quant: Quant) -> Scale:
     return Scale(np.float32(step), np.array(limits.min, limits.dtype), before=np.float32(step / alpha))
 
 
-def weight_scales(weight: np.ndarray, axis: int | None, most: int, *, clip: bool) -> np.ndarray:
+def weight_scales(weight: np.ndarray, axis: int | None, most: float, *, clip: bool) -> np.ndarray:
     """One scale per channel of `axis` (a single one for None): max |w| / most; with `clip` the share of it with least squared error."""
     rows = weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
     peak = np.abs(rows).max(axis=1)
@@ -279,7 +289,7 @@ class Writer:
         spread = scales.reshape(
             [-1 if index == axis else 1 for index in range(array.ndim)] if len(scales) == channels else [1] * array.ndim
         )
-        kind = np.dtype(self.quant.weights)
+        kind = dtype_of(self.quant.weights)
         zero = 128 if kind.kind == "u" else 0
         stem = f"{weight.name}_{len(self._weights)}" if key in self._weights else f"{weight.name}"
         per_channel = len(scales) > 1

@@ -94,6 +94,12 @@ class Job:
         notes += [f"left in float: {node}: {reason}" for node, reason in placement.left_float]
         return self.artifact.evolve(model, quant=info, notes=tuple(notes))
 
+    def calibration(self) -> dict[str, Any]:
+        """What was seen of every tensor that has a range, and the range (`_calibration_facts`); empty before a graph is written."""
+        from deploycc.passes._calibration_facts import calibration_facts
+
+        return calibration_facts(self.method, self._statistics[0], self._ranges) if self._statistics else {}
+
     def held_or_full(self, held: Artifact) -> Artifact:
         """`held`, or with weights of full range where these are predicted to be nearer to float though their pairs saturate.
 

@@ -52,6 +52,25 @@ def test_what_ships_follows_from_what_was_measured(compiled):
         assert shipped["name"] == ("compiled" if high < float_low else "float")
 
 
+def test_the_report_shows_the_layers_and_the_calibration_of_what_ships(compiled, deploycc_with, tmp_path):
+    out, result = compiled
+    page = (out / "report.html").read_text()
+    assert "Latency, every sample" in page
+    assert "Top-1 against latency" in page
+    shown = {"compiled": True, "float": False}[result.json["decision"]["shipped"]]  # on a busy machine int8 may not be faster
+    assert ("Layers: distance from float and cost" in page) == shown
+    assert ("Calibration: " in page) == shown
+    made = deploycc_with(out.parent / "cache")("report", out, "-o", tmp_path / "page.html", "--plots", tmp_path / "plots", "--json")
+    assert made.status == 0, made.err
+    assert (tmp_path / "page.html").read_text() == page
+    names = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert {"latency.svg", "bytes.svg"} <= names
+    assert sorted(names) == sorted(path.rpartition("/")[2] for path in made.json["plots"])
+    refused = deploycc_with(out.parent / "cache")("report", out, "-o", out / "page.html")
+    assert refused.status == 1
+    assert "sealed" in refused.err
+
+
 def test_debug_makes_the_float_graph_again_and_compares(compiled, deploycc_with):
     out, _ = compiled
     deploycc = deploycc_with(out.parent / "cache")

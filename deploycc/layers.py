@@ -1,0 +1,130 @@
+"""Layer by layer, how far what ships is from the float graph that it was made from, and what each layer costs: for the report.
+
+A layer is a tensor that both graphs have and that can be read without taking an integer kernel apart (`forms._taps`), with every operator
+between it and such tensors before it. SQNR and noise are those of `debug`, on fewer samples. The cost is the layer's MACs, and its
+time where the runtime's own profiler can give it on the target's machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from deploycc.core.artifact import Artifact, Form, Receipt
+from deploycc.core.contract import Backend, Built, Context, Observer, Pass
+from deploycc.core.timing import Profiles
+from deploycc.debug import compare, rounds
+from deploycc.package.layers import LayerRecord, Layers
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from deploycc.debug import Tensor
+
+SAMPLES = 4
+PROFILED, PROFILE_RUNS = 2, 16
+
+
+class FloatGraphs(Observer):
+    """Keeps what the first pass that rounds was given, by the digest of the pipeline's result; equal graphs once."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[str, Artifact] = {}
+        self._given: str | None = None  # digest of the graph of the run under way
+        self._of: dict[str, str] = {}
+
+    def before(self, step: Pass, artifact: Artifact, context: Context) -> None:
+        """Keep the graph, if this is the first pass of a run that rounds it."""
+        if artifact.quant is None and artifact.form is Form.ONNX and rounds(step):
+            self._given = artifact.digest()
+            self._graphs.setdefault(self._given, artifact)
+
+    def after(self, step: Pass, before: Artifact, after: Artifact, receipt: Receipt, context: Context) -> Receipt:
+        """Remember what was made of it."""
+        if self._given is not None and after.quant is not None:
+            self._of[receipt.digest] = self._given
+        return receipt
+
+    def layers(
+        self, artifact: Artifact, built: Built, backend: Backend, context: Context, *, native: bool
+    ) -> tuple[Layers | None, dict[str, float]]:
+        """Of what ships, and their times where this is the target's own machine and the runtime has a profiler."""
+        given = self.of(artifact)
+        found = compared(artifact, given, context)
+        if given is None or found is None or not found.layers or not native or not isinstance(backend, Profiles):
+            return found, {}
+        return found, times(artifact, given, found, built, backend, context)
+
+    def of(self, artifact: Artifact) -> Artifact | None:
+        """The float graph of a result."""
+        given = self._of.get(artifact.digest())
+        return self._graphs[given] if given is not None else None
+
+
+def compared(artifact: Artifact, given: Artifact | None, context: Context) -> Layers | None:
+    """Of a quantized graph and the float graph that it was made from; None where one of them, or data, is missing."""
+    if given is None or artifact.form is not Form.ONNX:
+        return None
+    feeds = context.data.probe(artifact, SAMPLES)
+    if not feeds:
+        return None
+    try:
+        tensors, _, _ = compare(given.model, artifact.model, feeds, context.progress)
+        macs = _macs(given.model, tensors)
+    except Exception as error:  # noqa: BLE001  (a diagnostic never costs the bundle; the report says that it is missing, and why)
+        return Layers(samples=0, layers=(), note=f"layers are not compared: {type(error).__name__}: {error}")
+    return Layers(samples=len(feeds), layers=tuple(_record(tensor, macs[tensor.name]) for tensor in tensors))
+
+
+def times(artifact: Artifact, given: Artifact, layers: Layers, built: Built, backend: Profiles, context: Context) -> dict[str, float]:
+    """Milliseconds of one call, by the layers' tensors, from the runtime's profiler, on the target's own machine."""
+    from deploycc.passes._islands import Segment, segment_times
+
+    groups = _groups(given.model, [layer.tensor for layer in layers.layers])
+    parts = [Segment(tuple(node.name or "" for node in nodes), 0) for nodes in groups.values()]
+    found = backend.profile(built, context.target, context.data.probe(artifact, PROFILED), runs=PROFILE_RUNS)
+    return {name: round(value, 6) for name, value in zip(groups, segment_times(parts, found), strict=True)}
+
+
+def _record(tensor: Tensor, macs: int | None) -> LayerRecord:
+    return LayerRecord(
+        tensor=tensor.name,
+        operator=tensor.operator,
+        sqnr_db=round(tensor.sqnr_db, 2),
+        added=float(f"{tensor.added:.3g}"),
+        kernel_db=round(tensor.kernel_db, 2),
+        integer=tensor.integer,
+        macs=macs,
+    )
+
+
+def _macs(model: ir.Model, tensors: Sequence[Tensor]) -> Mapping[str, int | None]:
+    from deploycc.forms._macs import is_heavy, node_macs
+
+    def total(nodes: Sequence[Any]) -> int | None:
+        counted = [node_macs(node) for node in nodes if is_heavy(node.op_type)]
+        return None if None in counted else sum(item or 0 for item in counted)
+
+    return {name: total(nodes) for name, nodes in _groups(model, [tensor.name for tensor in tensors]).items()}
+
+
+def _groups(model: ir.Model, names: Sequence[str]) -> dict[str, list[ir.Node]]:
+    """By tensor, the operators between it and the tensors before it; each operator is in one group, the first."""
+    from deploycc.forms._macs import infer_shapes
+    from deploycc.passes._tidy import complete_names
+
+    copy = infer_shapes(model)
+    complete_names(copy)  # as the pass that quantizes does: the runtime's names follow from these
+    makers = {value.name: node for node in copy.graph for value in node.outputs}
+    known, taken = set(names), set[str]()
+    groups: dict[str, list[ir.Node]] = {}
+    for name in names:
+        groups[name], waiting = [], [name]
+        while waiting:
+            node = makers.get(waiting.pop())
+            if node is None or (node.name or "") in taken:
+                continue
+            taken.add(node.name or "")
+            groups[name].append(node)
+            waiting += [value.name or "" for value in node.inputs if value is not None and value.name not in known]
+    return groups

@@ -1,0 +1,85 @@
+"""Layer by layer: the float graph that a run rounded, the distance from it, and what each layer costs."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "passes"))
+from test_quantize_static import context as calibrated
+from test_quantize_static import residual
+
+from deploycc import layers
+from deploycc.core.artifact import ModelStats, Receipt
+from deploycc.core.target import Quant
+from deploycc.core.timing import NodeTime
+from deploycc.passes.fold_constants import FoldConstants
+from deploycc.passes.quantize_static import QuantizeStatic
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A pass that rounds, watched; and the context."""
+    artifact = residual()
+    context = calibrated(artifact, quant=Quant(reduce_range=True))
+    body, floats = QuantizeStatic(), layers.FloatGraphs()
+    floats.before(FoldConstants(), artifact, context)
+    floats.before(body, artifact, context)
+    after = body(artifact, context)
+    receipt = Receipt(str(body), True, "onnx", after.digest(), ModelStats(1, 1, 1))
+    assert floats.after(body, artifact, after, receipt, context) is receipt
+    return artifact, after, floats, context
+
+
+def test_the_graph_that_was_rounded_is_kept(run):
+    artifact, after, floats, _ = run
+    assert floats.of(after) is artifact
+    assert floats.of(artifact) is None
+
+
+def test_every_mac_is_in_one_layer(run):
+    from deploycc.forms._macs import count_macs
+
+    artifact, after, floats, context = run
+    found = layers.compared(after, floats.of(after), context)
+    assert found.samples == layers.SAMPLES
+    assert sum(layer.macs for layer in found.layers) == sum(count_macs(artifact.model).values())
+    assert found.layers[0].operator == "input"
+    assert all(layer.sqnr_db > 10 for layer in found.layers)
+    assert layers.compared(after, None, context) is None
+
+
+def test_it_repeats_to_the_byte(run):
+    _, after, floats, context = run
+    first, second = (layers.compared(after, floats.of(after), context).model_dump_json() for _ in range(2))
+    assert first == second
+
+
+def test_times_are_those_of_the_layers_operators(run):
+    artifact, after, floats, context = run
+    found = layers.compared(after, floats.of(after), context)
+    names = [node.name for node in layers._groups(artifact.model, [layer.tensor for layer in found.layers])["r1"]]
+    backend = SimpleNamespace(profile=lambda built, target, feeds, runs: [NodeTime(f"{names[0]}_quant", "QLinearConv", 0.25)])
+    told = layers.times(after, artifact, found, None, backend, context)
+    assert told["r1"] == 0.25
+    assert sum(told.values()) == 0.25
+
+
+def test_what_cannot_be_compared_costs_nothing_and_is_told(run, monkeypatch):
+    _, after, floats, context = run
+
+    def fails(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(layers, "compare", fails)
+    found = layers.compared(after, floats.of(after), context)
+    assert found.layers == ()
+    assert "RuntimeError: no such kernel" in found.note
+    assert floats.layers(after, None, None, context, native=True) == (found, {})
+
+
+def test_without_data_there_is_nothing_to_compare_on(run):
+    _, after, floats, _ = run
+    empty = SimpleNamespace(data=SimpleNamespace(probe=lambda artifact, count: []), progress=None)
+    assert layers.compared(after, floats.of(after), empty) is None
