@@ -54,7 +54,8 @@ def test_a_file_is_profiled_operator_by_operator(tiny_onnx: Path, known_peaks):
     conv = next(reached for item, reached in found.operators if item.operator in ("Conv", "FusedConv"))
     assert conv.share is not None
     assert conv.bytes is not None
-    json.dumps(profiling.plain(found))
+    assert 0 < found.fastest_ms <= found.call_ms
+    assert json.loads(json.dumps(profiling.plain(found)))["fastest_ms"] == found.fastest_ms
 
 
 def test_the_text_tells_peaks_whole_and_operators(tiny_onnx: Path):
@@ -84,7 +85,7 @@ def test_a_runtime_that_tells_nothing_says_so(tiny_onnx: Path):
 def test_operators_outside_of_which_time_goes():
     item = OperatorTime("a", "Conv", "float", 1.0, 1, 10, 10)
     roof = profiling.roof(PEAKS, {"float": 10}, 10, 1.0)
-    found = profiling.Profile("x", 1, "clock", 3.0, ((item, roof),), None, PEAKS)
+    found = profiling.Profile("x", 1, "clock", 3.0, 2.5, ((item, roof),), None, PEAKS)
     assert found.outside_ms == 2.0
     assert replace(found, call_ms=0.5).outside_ms == 0.0
     assert profiling.plain(found)["operators"][0]["share_of_time"] == 1.0
