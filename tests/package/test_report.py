@@ -274,6 +274,14 @@ def test_advice_names_what_was_missed(make_contents: Callable[..., Contents]):
     assert again == "deploycc compile tiny.onnx --target x86"
 
 
+def test_kernels_that_saturate_are_named(contents: Contents):
+    wrong = LAYERS.layers[1].model_copy(update={"kernel_db": 6.0})
+    shipped = contents.shipped.model_copy(update={"layers": LAYERS.model_copy(update={"layers": (LAYERS.layers[0], wrong)})})
+    (told,) = [step.text for step in advice(of_manifest(describe(replace(contents, shipped=shipped)))) if "saturate" in step.text]
+    assert told.startswith("At act (Relu) the kernels of ONNX Runtime are 6.0 dB")
+    assert not any("saturate" in step.text for step in advice(of_manifest(describe(contents))))
+
+
 def test_a_notebook_gets_the_candidates_and_their_figures(contents: Contents):
     text = fragment(of_manifest(describe(contents)))
     tags = parsed(text)

@@ -11,6 +11,7 @@ from deploycc.package.manifest import Manifest
 from deploycc.package.report.subject import EAGER, Subject
 
 FEW = 100  # validation samples: a drop of a point cannot be told from chance
+SATURATED_DB = 15.0  # of kernels against the exact arithmetic of the same file; the last bit of requantization costs 25 to 50
 FLOAT = "float"
 LIMITS = {
     "accuracy": ("Give more calibration samples, or training data for quantize-qat.", "--calibration DATA"),
@@ -55,6 +56,11 @@ def _of_bundle(manifest: Manifest) -> Iterator[Advice]:
     for operator, reason in manifest.shipped.coverage.float_operators[:3]:
         if manifest.shipped.quant is not None:
             yield Advice(f"{operator} stays in float: {reason}.")
+    layers = manifest.shipped.layers
+    wrong = next((layer for layer in layers.layers if layer.kernel_db < SATURATED_DB), None) if layers else None
+    if layers and wrong:
+        told = f"At {wrong.operator} the kernels of {layers.kernels} are {wrong.kernel_db:.1f} dB from the file's own arithmetic"
+        yield Advice(f"{told}: 8-bit products saturate on this CPU. Build for what it is:", "--target auto")
     if manifest.measured.bench is None:
         yield Advice("Latency is not measured. On the device:", "python runner.pyz bench")
     if judged is None:
