@@ -158,6 +158,11 @@ def test_the_same_bytes_every_time(built, tmp_path):
     assert again.coverage == built[0].coverage
 
 
+def test_a_boards_file_is_the_one_that_this_machine_verifies(built, tmp_path):
+    backend.ExecuTorch().build(built[1], load("rpi4"), tmp_path)
+    assert (tmp_path / "model.pte").read_bytes() == (built[0].folder / "model.pte").read_bytes()
+
+
 def test_a_program_is_lowered_once_for_its_receipt_and_to_ship(built, tmp_path, monkeypatch):
     from deploycc.backends import _executorch_lower
 

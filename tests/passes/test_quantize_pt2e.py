@@ -161,6 +161,22 @@ def test_it_is_near_the_float_program_which_it_leaves_alone(float_program, quant
     assert quantized.notes == ("7 weighted operators for XNNPACK, ranges from mse calibration",)
 
 
+def test_the_number_of_threads_changes_nothing(small_program, monkeypatch):
+    from deploycc.passes import _pt2e
+
+    seen = []
+    run = _pt2e.Watching.run
+    monkeypatch.setattr(_pt2e.Watching, "run", lambda self, *inputs: seen.append(torch.get_num_threads()) or run(self, *inputs))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        PASS(small_program, context(small_program))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}  # sums of several threads differ in their last bits: the same input must give the same bytes
+
+
 def test_weights_are_integers_of_their_scales_and_the_float_ones_are_gone(float_program, quantized):
     weights = [value for value in {**quantized.model.state_dict, **quantized.model.constants}.values() if value.dim() > 1]
     assert {value.dtype for value in weights} == {torch.int8}
