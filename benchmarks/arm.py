@@ -149,7 +149,7 @@ def _costs(rows: Sequence[Row], cores: Sequence[str]) -> str:
 
 
 def _answers(rows: Sequence[Row], cores: Sequence[str]) -> str:
-    header = ("network", "target", "precision", "MB", *(f"{core}: selftest, difference, same class" for core in cores), "multiplies with")
+    header = ("network", "target", "precision", "MB", *(f"{core}: selftest, difference, same answers" for core in cores), "multiplies with")
     lines: list[list[str]] = []
     for row in rows:
         if row["problem"]:
@@ -165,8 +165,9 @@ def _answers(rows: Sequence[Row], cores: Sequence[str]) -> str:
 def _answer(item: Row, shown: str) -> str:
     if not item["ok"]:
         return "FAILED"
-    agreement = item["agreement"]
-    return f"ok, {shown}" + ("" if agreement is None else f", {100 * agreement:.0f} %")
+    agreement, cosine = item["agreement"], item.get("cosine")
+    nearness = f", {100 * agreement:.0f} %" if agreement is not None else f", cos {cosine:.4f}" if cosine is not None else ""
+    return f"ok, {shown}{nearness}"
 
 
 def foolbox(photos: Photos, folder: Path) -> Photos:

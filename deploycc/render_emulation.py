@@ -23,7 +23,7 @@ def emulated(result: Emulated) -> Iterator[Any]:
     )
     yield f"compared with: {result.host}"
     yield ""
-    table = table_of("core", "found in", "selftest", "largest difference", "same class", "Minsn", "multiplies with", left=4)
+    table = table_of("core", "found in", "selftest", "largest difference", "same answers", "Minsn", "multiplies with", left=4)
     for item in result.cores:
         table.add_row(*_cells(item))
     yield table
@@ -43,7 +43,14 @@ def _cells(item: CoreResult) -> list[str]:
         return [*name, "FAILED", *[DASH] * 4]
     cost = item.cost
     minsn = f"{cost.minsn:.2f}" if cost else "not measured"
-    return [*name, "ok", difference(item.distances), percent(item.agreement), minsn, ", ".join(item.multiplies) or DASH]
+    return [*name, "ok", difference(item.distances), sameness(item), minsn, ", ".join(item.multiplies) or DASH]
+
+
+def sameness(item: CoreResult) -> str:
+    """The same class, or for what is no classifier how near: cosine."""
+    if item.agreement is not None:
+        return percent(item.agreement)
+    return DASH if item.cosine is None else f"cos {item.cosine:.4f}"
 
 
 def difference(distances: tuple[Distance, ...]) -> str:
@@ -73,6 +80,7 @@ def _core_json(item: CoreResult) -> dict[str, Any]:
         "selftest": item.selftest,
         "distances": [asdict(distance) for distance in item.distances],
         "agreement": item.agreement,
+        "cosine": item.cosine,
         "multiplies": list(item.multiplies),
         "cost": estimate,
     }

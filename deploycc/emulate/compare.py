@@ -49,6 +49,17 @@ def agreement(wanted: Sequence[Mapping[str, np.ndarray]], found: Sequence[Mappin
     return float(np.mean(np.concatenate(same)))
 
 
+def cosine(wanted: Sequence[Mapping[str, np.ndarray]], found: Sequence[Mapping[str, np.ndarray]]) -> float | None:
+    """Least cosine similarity of the first output, call by call; None where it is not in float, or one is zero."""
+    name, first = next(iter(wanted[0].items()))
+    if first.dtype.kind != "f":
+        return None
+    pairs = [(a[name].astype(np.float64).ravel(), b[name].astype(np.float64).ravel()) for a, b in zip(wanted, found, strict=True)]
+    if any(a.shape != b.shape or not np.any(a) or not np.any(b) for a, b in pairs):
+        return None
+    return min(float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) for a, b in pairs)
+
+
 def grid(values: np.ndarray) -> float | None:
     """The step that every value is a whole multiple of, with at most 256 levels; None where there is none."""
     distinct = np.unique(np.append(values[np.isfinite(values)].astype(np.float64), 0.0))

@@ -36,6 +36,7 @@ from deploycc.runtime.unpack import opened
 ARCH = "aarch64"
 CALLS = 3
 SAMPLES = 20
+LABELLED = ("top1", "top5")  # metrics of classes
 FAILED = "the selftest failed"
 SIGNALS = {
     "SIGILL": "an instruction that the core does not have",
@@ -57,6 +58,7 @@ class CoreResult:
         selftest: what the runner answered, or None.
         distances: from this machine's answers, output by output.
         agreement: share of golden samples and data with the same largest class as here; None where there are no classes.
+        cosine: least cosine similarity to this machine's answers; None where there is none.
         multiplies: what the model is multiplied with there; empty: not known.
         cost: of a call; None where it was not counted.
         not_counted: why it was not.
@@ -68,6 +70,7 @@ class CoreResult:
     selftest: Mapping[str, Any] | None = None
     distances: tuple[Distance, ...] = ()
     agreement: float | None = None
+    cosine: float | None = None
     multiplies: tuple[str, ...] = ()
     cost: Cost | None = None
     not_counted: str = ""
@@ -232,7 +235,8 @@ class Guests:
             flags,
             selftest=selftest,
             distances=compare.distances(self.wanted, compared),
-            agreement=compare.agreement(self.wanted, compared),
+            agreement=compare.agreement(self.wanted, compared) if _classifies(self.bundle) else None,
+            cosine=compare.cosine(self.wanted, compared),
             multiplies=multiplies,
             cost=cost,
             not_counted=self.not_counted,
@@ -262,6 +266,12 @@ class Guests:
             return answers, kernels.seen(kernels.scan(log)), None
         cost = counts.cost(counts.read(log))
         return answers, kernels.executed(cost), cost
+
+
+def _classifies(bundle: LoadedBundle) -> bool:
+    """Whether its outputs are scores of classes: they have names, or labels judged them. Else the largest value says nothing."""
+    accuracy = bundle.manifest["shipped"]["accuracy"] or {}
+    return bool(bundle.transform and bundle.transform.classes) or accuracy.get("metric") in LABELLED
 
 
 def _refusal(ran: guest.Ran, core: Core) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deploycc.emulate.compare import agreement, distances, grid
+from deploycc.emulate.compare import agreement, cosine, distances, grid
 
 SCALE = 0.0371
 
@@ -55,3 +55,10 @@ def test_agreement_is_of_rows_of_class_scores():
     a, b = np.array([[0.1, 0.9], [0.8, 0.2]], np.float32), np.array([[0.2, 0.8], [0.1, 0.2]], np.float32)
     assert agreement([{"y": a}], [{"y": b}]) == 0.5
     assert agreement([{"y": a[0]}], [{"y": b[0]}]) is None
+
+
+def test_cosine_is_the_least_of_the_calls():
+    a, b = {"y": np.array([[1.0, 0.0]], np.float32)}, {"y": np.array([[1.0, 1.0]], np.float32)}
+    assert cosine([a, a], [a, b]) == pytest.approx(0.5**0.5)
+    assert cosine([a], [{"y": np.zeros((1, 2), np.float32)}]) is None
+    assert cosine([{"y": np.array([1])}], [{"y": np.array([1])}]) is None

@@ -50,6 +50,17 @@ def test_no_line_of_it_is_a_time(qemu, bundle):
     assert "not measured" in text
 
 
+def test_vectors_have_no_classes(qemu, tmp_path, make_contents):
+    from dataclasses import replace
+
+    contents = make_contents()
+    artifact = replace(contents.artifact, transform=replace(contents.artifact.transform, classes=()))
+    bundle = write(tmp_path / "vectors", make_contents(artifact=artifact)).folder
+    found = emulate(bundle, "cortex-a53")
+    assert (found.cores[0].agreement, found.cores[0].cosine) == (None, pytest.approx(1.0))
+    assert render_emulation.sameness(found.cores[0]) == "cos 1.0000"
+
+
 def test_a_package_is_verified_too(qemu, bundle, tmp_path):
     package = pack(bundle, tmp_path / "b.zip").path
     assert emulate(package, "cortex-a53").ok
