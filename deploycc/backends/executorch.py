@@ -22,7 +22,7 @@ from deploycc.backends._executorch_file import COPIES, Step, steps
 from deploycc.backends._settings import float32_only, processor_only
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, Violation
-from deploycc.core.kernels import Kernel
+from deploycc.core.kernels import Kernel, Shapes
 from deploycc.core.target import Target
 from deploycc.errors import UnsupportedError
 
@@ -85,8 +85,8 @@ class ExecuTorch:
         module = importlib.import_module(f"deploycc.runtime.sessions.{SESSION}")
         return module.open(built.folder / built.files[0], built.signature, built.runtime, threads)
 
-    def kernels(self, model: Path, runtime: Mapping[str, str]) -> Sequence[Kernel]:
-        """Every operator of the file, in order."""
+    def kernels(self, model: Path, runtime: Mapping[str, str], shapes: Shapes | None = None) -> Sequence[Kernel]:
+        """Every operator of the file, in order; with MACs of the shapes that the file was made for."""
         return [step.kernel for step in steps(model.read_bytes())]
 
     def _verify(self, built: Built, artifact: Artifact, target: Target) -> None:
