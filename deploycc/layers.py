@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from deploycc.debug import Tensor
 
 SAMPLES = 4
-PROFILED, PROFILE_RUNS = 2, 16
+PROFILED, PROFILE_RUNS, PROFILE_ROUNDS = 2, 8, 3
+TOLD = 0.9  # of the time must be of operators whose names tell their layer
 
 
 class FloatGraphs(Observer):
@@ -77,13 +78,23 @@ def compared(artifact: Artifact, given: Artifact | None, context: Context) -> La
 
 
 def times(artifact: Artifact, given: Artifact, layers: Layers, built: Built, backend: Profiles, context: Context) -> dict[str, float]:
-    """Milliseconds of one call, by the layers' tensors, from the runtime's profiler, on the target's own machine."""
+    """Milliseconds of one call, by the layers' tensors, from the runtime's profiler, on the target's own machine.
+
+    Empty where the runtime's names do not tell which layer its operators belong to.
+    """
     from deploycc.passes._islands import Segment, segment_times
 
     groups = _groups(given.model, [layer.tensor for layer in layers.layers])
     parts = [Segment(tuple(node.name or "" for node in nodes), 0) for nodes in groups.values()]
-    found = backend.profile(built, context.target, context.data.probe(artifact, PROFILED), runs=PROFILE_RUNS)
-    return {name: round(value, 6) for name, value in zip(groups, segment_times(parts, found), strict=True)}
+    feeds = context.data.probe(artifact, PROFILED)
+    rounds = [backend.profile(built, context.target, feeds, runs=PROFILE_RUNS) for _ in range(PROFILE_ROUNDS)]
+    nodes = [min(same, key=lambda node: node.milliseconds) for same in zip(*rounds, strict=True)]  # what disturbs makes them slower
+    names = (*groups, *(name for part in parts for name in part.nodes))
+    prefixes = tuple(f"{name}{mark}" for name in names for mark in "_/")
+    told = sum(node.milliseconds for node in nodes if node.name in names or node.name.startswith(prefixes))
+    if told < TOLD * sum(node.milliseconds for node in nodes):
+        return {}
+    return {name: round(value, 6) for name, value in zip(groups, segment_times(parts, nodes), strict=True)}
 
 
 def _record(tensor: Tensor, macs: int | None) -> LayerRecord:

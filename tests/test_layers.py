@@ -60,10 +60,16 @@ def test_times_are_those_of_the_layers_operators(run):
     artifact, after, floats, context = run
     found = layers.compared(after, floats.of(after), context)
     names = [node.name for node in layers._groups(artifact.model, [layer.tensor for layer in found.layers])["r1"]]
-    backend = SimpleNamespace(profile=lambda built, target, feeds, runs: [NodeTime(f"{names[0]}_quant", "QLinearConv", 0.25)])
-    told = layers.times(after, artifact, found, None, backend, context)
-    assert told["r1"] == 0.25
-    assert sum(told.values()) == 0.25
+    times = iter([0.5, 0.25, 0.75])
+
+    def profile(built, target, feeds, runs):
+        return [NodeTime(f"{names[0]}_quant", "QLinearConv", next(times)), NodeTime("added", "Reorder", 0.01)]
+
+    told = layers.times(after, artifact, found, None, SimpleNamespace(profile=profile), context)
+    assert told["r1"] == 0.26  # the least of three, and what the runtime added after it
+    assert sum(told.values()) == 0.26
+    strange = SimpleNamespace(profile=lambda *_, runs: [NodeTime("fused_1", "Kernel", 1.0), NodeTime(names[0], "Conv", 1.0)])
+    assert layers.times(after, artifact, found, None, strange, context) == {}
 
 
 def test_what_cannot_be_compared_costs_nothing_and_is_told(run, monkeypatch):
