@@ -192,8 +192,8 @@ def _edits(text: str) -> list[tuple[str, Spec]]:
 
 
 def _bridge(step: Pass, form: Form) -> str:
-    """Which pass would turn `form` into what `step` takes."""
-    for name in PASSES.names():
+    """Which pass would turn `form` into what `step` takes; none where the model is already what `step` gives."""
+    for name in PASSES.names() if step.produces is not form else ():
         other = PASSES.get_class(name)
         if form in other.consumes and other.produces in step.consumes:
             return f"put '{name}' before it"

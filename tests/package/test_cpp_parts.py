@@ -21,7 +21,7 @@ from deploycc.package.bundle import write
 from deploycc.package.manifest import Contents
 from deploycc.runtime.bundle import canonical
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
-from deploycc.runtime.measure import Samples, instability, median_interval, summarize
+from deploycc.runtime.statistics import Samples, summarize
 from deploycc.runtime.transform import Transform
 
 DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64")
@@ -254,23 +254,20 @@ def restless(seed: int) -> Samples:
 
 
 @pytest.mark.parametrize("samples", [steady(1), steady(2), restless(3), Samples(np.array([5, 7, 6, 9], np.int64), 2, 1)])
-def test_statistics_are_the_harness_s(probe: Path, tmp_path: Path, samples: Samples):
+def test_percentiles_are_the_harness_s(probe: Path, tmp_path: Path, samples: Samples):
+    """Where the harness gives them: it leaves out what few runs do not carry. The interval is the runner's own, a bootstrap's."""
     np.savez(tmp_path / "s.npz", ns=samples.ns, per_round=np.array(samples.per_round))
     found = cpp_probe.answer(cpp_probe.run(probe, "statistics", tmp_path / "s.npz"))
     wanted = summarize(samples)
     for name in ("runs", "p50", "p90", "p95", "p99", "fastest", "slowest"):
-        assert found[name] == getattr(wanted, name), name
+        value = getattr(wanted, name)
+        assert value is None or found[name] == pytest.approx(value, rel=1e-12), name
     assert found["mean"] == pytest.approx(wanted.mean, rel=1e-12)
     assert found["std"] == pytest.approx(wanted.std, rel=1e-9)
-    # Other draws: each bound may be off by what two seeds of the harness itself differ by, and a little more.
-    several = np.array([median_interval(samples, seed) for seed in range(20)]) / 1e6
-    slack = 0.1 * (wanted.high - wanted.low)
-    assert several[:, 0].min() - slack <= found["low"] <= several[:, 0].max() + slack
-    assert several[:, 1].min() - slack <= found["high"] <= several[:, 1].max() + slack
-    if samples.per_round == 8:
-        assert found["warnings"] == list(instability(samples, wanted))
-    else:
-        assert len(found["warnings"]) == len(instability(samples, wanted))
+    assert found["low"] <= wanted.p50 <= found["high"]
+    assert found["low"] <= wanted.high
+    assert wanted.low <= found["high"]
+    assert bool(found["warnings"]) is (samples.per_round != 8)
 
 
 def test_the_machine_is_seen_as_python_sees_it(probe: Path):

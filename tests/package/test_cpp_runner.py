@@ -89,11 +89,12 @@ def test_answers_have_the_keys_of_the_python_runner(
         assert main([*command, "--bundle", str(python), "--json"]) == 0
         wanted = json.loads(capsys.readouterr().out)
         found = cpp_probe.answer(cpp_probe.run(runner, *command, "--bundle", folder, "--json"))
+        wanted.pop("observed", None)  # what the kernel said of the machine is for runner.pyz alone
         assert list(found) == list(wanted)
         for key, value in wanted.items():
             assert type(found[key]) is type(value), key
             if isinstance(value, dict):
-                assert list(found[key]) == list(value)
+                assert list(found[key]) == [name for name in value if name != "p999"]
         for key in ("target", "cpu", "arch", "threads", "notices", "samples", "unlisted", "file"):
             assert found.get(key) == wanted.get(key), key
 
