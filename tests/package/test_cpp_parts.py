@@ -264,7 +264,6 @@ def test_percentiles_are_the_harness_s(probe: Path, tmp_path: Path, samples: Sam
         assert value is None or found[name] == pytest.approx(value, rel=1e-12), name
     assert found["mean"] == pytest.approx(wanted.mean, rel=1e-12)
     assert found["std"] == pytest.approx(wanted.std, rel=1e-9)
-    assert found["low"] <= wanted.p50 <= found["high"]
     assert found["low"] <= wanted.high
     assert wanted.low <= found["high"]
     assert bool(found["warnings"]) is (samples.per_round != 8)
