@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _awake import awaken
 from _quantizers_cases import FLOAT, Given, in_memory
 from _quantizers_made import judge
 from _shared import say
@@ -138,7 +139,7 @@ def prepare(given: Given, folder: Path, target_name: str = TARGET, *, integers: 
     what, *parts = pictures_here()
     calibration, judging = ([_arrays(picture, reference) for picture in part] for part in parts)
     if not given.real:
-        awaken(reference.model, calibration)
+        awaken(reference.model, list(stacked(calibration).values()))
     data = in_memory(list(_samples(calibration)), list(_samples(judging)))
     context = Context(target, reference, data, 0, folder)
     say(f"{given.name}: writing the float graph")
@@ -147,29 +148,6 @@ def prepare(given: Given, folder: Path, target_name: str = TARGET, *, integers: 
     quantized, problem = quantize(graph, context) if integers else (None, UNUSED)
     net = Net(given, target, reference, graph, quantized, problem, sum((counted or {}).values()), tuple(judging), (), what)
     return replace(net, wanted=tuple(answers(net, graph.model)))
-
-
-def awaken(module: Any, pictures: Sequence[Arrays]) -> None:
-    """Give a network with random weights activations like those of a trained one; in place.
-
-    Weights that are all zero before training (the head of torchvision's ViT) get random numbers: silence has no SQNR. BatchNorms get the
-    statistics of real pictures: without, activations of MobileNetV2 fall to 1e-9, which float16 does not hold.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    norms = [item for item in module.modules() if isinstance(item, torch.nn.modules.batchnorm._BatchNorm)]
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=0.02, generator=generator)
-        if not norms:
-            return
-        for norm in norms:
-            norm.train().reset_running_stats()
-            norm.momentum = None  # the mean over all calls
-        module(*(torch.from_numpy(array) for array in stacked(pictures).values()))
-        module.eval()
 
 
 def quantize(graph: Artifact, context: Context) -> tuple[Artifact | None, str]:

@@ -1,6 +1,6 @@
 """NVIDIA ModelOpt on a float ONNX file, run by the Python of its own virtual environment: `python _modelopt.py job.json`.
 
-The job names the model, a .npz of stacked inputs by name, the precision of float operators and the file to write. Needs
+The job names the model, a .npz of stacked inputs by name, int8 or fp8, the precision of float operators and the file to write. Needs
 nvidia-modelopt[onnx] and nothing of deploycc.
 """
 
@@ -20,7 +20,7 @@ def main():
         arrays = {name: file[name] for name in file.files}
     begin = time.perf_counter()
     quantize(
-        job["model"], quantize_mode="int8", calibration_data=arrays, calibration_method="max", calibration_eps=["cpu"],
+        job["model"], quantize_mode=job["codes"], calibration_data=arrays, calibration_method="max", calibration_eps=["cpu"],
         high_precision_dtype=job["precision"], output_path=job["out"], log_level="ERROR",
     )  # fmt: skip
     Path(job["answer"]).write_text(json.dumps({"seconds": time.perf_counter() - begin}), encoding="utf-8")

@@ -131,9 +131,14 @@ def options_of(given: Given, photos: Photos, target: Target, output: Path) -> Op
     """As `deploycc compile` is called for this model."""
     data = (given.judging, given.calibration) if given.calibration else (photos.data, photos.calibration)
     return Options(
-        target=target, data=str(data[0]), calibration=str(data[1]), weights=given.weights, random_weights=not given.real, output=output,
+        target=target,
+        data=str(data[0]),
+        calibration=str(data[1]),
+        weights=given.weights,
+        random_weights=not given.real and not given.weights,
+        output=output,
         resume=False,
-    )  # fmt: skip
+    )
 
 
 def prepare(given: Given, photos: Photos, folder: Path, judged: int, target_name: str = TARGET) -> Case:

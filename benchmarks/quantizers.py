@@ -41,6 +41,7 @@ from typing import Any
 
 import _quantizers_fashion as fashion
 import _quantizers_files as files
+from _awake import awake
 from _quantizers_cases import ARRAYS, IMAGES, TARGET, Case, Given, prepare
 from _quantizers_made import OURS, PEER, Made, Outputs, answers, judge
 from _quantizers_ours import Row, compiled, float_row, quantize
@@ -86,6 +87,8 @@ ABLATION = (
     Row("… on output-mse", "quantize-static{calibration=output-mse}"),
     Row("equalize-layers, quantize-static", f"equalize-layers, {STATIC}"),
     Row("equalize-layers, quantize-static on output-mse", "equalize-layers, quantize-static{calibration=output-mse}"),
+    Row("absorb-bias, quantize-static", f"absorb-bias, {STATIC}"),
+    Row("equalize-layers, absorb-bias, quantize-static", f"equalize-layers, absorb-bias, {STATIC}"),
     Row("quantize-static, islands measured", "quantize-static{islands=measured}"),
     Row("learn-rounding", "learn-rounding{steps=300 rows=1024}", slow=True),
     Row("equalize-layers, learn-rounding", "equalize-layers, learn-rounding{steps=300 rows=1024}", slow=True),
@@ -230,7 +233,7 @@ def measure_all(options: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             found: dict[str, Any]
             try:
-                case = prepare(_ready(given, options), photos, options.folder / given.name, options.judge, options.target)
+                case = prepare(_ready(given, options, photos), photos, options.folder / given.name, options.judge, options.target)
                 found = compare(case, line_up(case, options, photos, Path(scratch)), settings, folder / f"{name}.{given.name}.bench.json")
             except DeployError as error:
                 found = {"skipped": plain(f"{error.what}; {error.fix}")}
@@ -243,8 +246,10 @@ def measure_all(options: argparse.Namespace) -> int:
     return int(not met)
 
 
-def _ready(given: Given, options: argparse.Namespace) -> Given:
+def _ready(given: Given, options: argparse.Namespace, photos: Photos) -> Given:
     """The model with its weights and arrays. Raises UsageError where they cannot be had."""
+    if not given.real:
+        return awake(given, photos, options.folder / given.name)
     makers = {fashion.NAME: fashion.given, **dict.fromkeys(files.NAMES, partial(files.given, given.name))}
     if given.name not in makers or given.calibration is not None:
         return given

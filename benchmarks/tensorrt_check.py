@@ -2,12 +2,13 @@
 
     uv run --extra tensorrt-rtx python benchmarks/tensorrt_check.py FOLDER [--modelopt-python MO/bin/python] [--only lite0 vit_b_16 …]
 
-For every network one float graph, quantized by the target's pipeline and by ModelOpt (int8, max calibration) on the same photos, with float
-operators in float32 and in float16; each file is built for compute capabilities 8.6 and 8.9 in a process of its own. Shown: whether it
-parses and builds, the share of the operators behind Q/DQ that multiply integers in both builds, the share of all MACs that do, how often a
-tensor is rounded to integers, bytes of the engine, and SQNR of the file as it is written, on ONNX Runtime, against the float graph.
+For every network one float graph, quantized by the target's pipeline and by ModelOpt (max calibration) on the same photos: to int8, with
+float operators in float32 and in float16, and to float8 with them in float16. Each file is built in a process of its own, for compute
+capabilities 8.6 and 8.9, float8 for 8.9 and 12.0. Shown: whether it parses and builds, the share of the operators behind Q/DQ that multiply
+8 bits in both builds, the share of all MACs that do, how often a tensor is rounded to integers (the log does not tell of float8), bytes of
+the engine, and SQNR of the file as it is written, on ONNX Runtime, against the float graph.
 
-The bar: ours builds everywhere with every operator behind Q/DQ in integers, and rounds no more often than ModelOpt's. Latency is not
+The bar: ours builds everywhere with every operator behind Q/DQ in 8 bits, and rounds no more often than ModelOpt's. Latency is not
 measured: nothing here runs on a GPU. ModelOpt replaces ONNX Runtime, so it gets a Python of its own:
 
     uv venv MO && uv pip install --python MO/bin/python "nvidia-modelopt[onnx]"
@@ -26,17 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _quantizers_cases import Case, Given, prepare
+from _awake import awake
+from _quantizers_cases import Case, Given, open_target, prepare
 from _shared import DASH, about, real_photos, results_folder, say, table, write
 
 from deploycc.backends import _tensorrt_probe as probing
 from deploycc.backends import _tensorrt_rules as rules
 from deploycc.backends._sixteen_bits import typed
-from deploycc.backends.tensorrt import CHECKED, INT8, _macs
+from deploycc.backends.tensorrt import CHECKED, CHECKED_FLOAT8, FLOAT8, INT8, _macs
 from deploycc.bench.environment import capture
 from deploycc.core.artifact import Artifact
 from deploycc.core.contract import Context, enforce
 from deploycc.core.pipeline import Pipeline
+from deploycc.core.target import Target
 from deploycc.errors import DeployError
 from deploycc.forms import onnx as form
 from deploycc.runtime.tensorrt_engine import Recipe
@@ -48,13 +51,26 @@ MODELS = (
     Given("lite0", "deploycc.demo:efficientnet_lite0"),
 )
 OURS, MODELOPT = "deploycc", "ModelOpt"
-PRECISIONS = {"f32": "fp32", "f16": "fp16"}
+PRECISIONS = {"f32": "fp32", "f16": "fp16"}  # as ModelOpt calls them
+CODES = {"int8": (TARGET, INT8, CHECKED, ("f32", "f16")), "float8": ("h100", FLOAT8, CHECKED_FLOAT8, ("f16",))}
+MODELOPT_CODES = {"int8": "int8", "float8": "fp8"}
 CALIBRATION, JUDGED = 32, 16
 SECONDS = 600
 LAST_WORDS = 300
 LEAST_HALF = 2.0**-14
 HEADER = (
-    *("network", "quantized by", "float operators", "behind Q/DQ", "in integers", "int8 MACs", "roundings", "engine MB", "build s"),
+    *(
+        "network",
+        "quantized by",
+        "to",
+        "float operators",
+        "behind Q/DQ",
+        "in 8 bits",
+        "MACs in 8 bits",
+        "roundings",
+        "engine MB",
+        "build s",
+    ),
     "SQNR",
 )
 
@@ -66,11 +82,12 @@ class Row:
     Attributes:
         model: the network.
         maker: who quantized it.
+        codes: what to: int8 or float8.
         precision: of float operators.
         problem: why there is no file, or what is wrong with it: a rule that it breaks, a build that failed.
         intended: operators behind Q/DQ.
-        integers: those of them that multiply integers in every build.
-        int8_macs: share of all MACs in integers in every build.
+        integers: those of them that multiply 8 bits in every build.
+        int8_macs: share of all MACs in 8 bits in every build.
         roundings: how often a tensor is rounded to integers, in the build that does it most.
         products: what each build multiplies.
         megabytes: of the largest engine.
@@ -81,6 +98,7 @@ class Row:
 
     model: str
     maker: str
+    codes: str
     precision: str
     problem: str = ""
     intended: int = 0
@@ -94,22 +112,28 @@ class Row:
 
     @property
     def whole(self) -> bool:
-        """Built, and all that was meant to is in integers."""
+        """Built, and all that was meant to is in 8 bits."""
         return not self.problem and self.integers == self.intended > 0
 
 
-def ours(case: Case, folder: Path) -> Artifact:
+def ours(case: Case, target: Target, folder: Path) -> Artifact:
     """Quantized by the target's own pipeline, from the float graph on."""
-    quantize = case.target.pipeline.rpartition(", ")[2]
-    return Pipeline.parse(quantize).run(case.graph, Context(case.target, case.reference, case.data, 0, folder))
+    quantize = target.pipeline.rpartition(", ")[2]
+    return Pipeline.parse(quantize).run(case.graph, Context(target, case.reference, case.data, 0, folder))
 
 
-def modelopt(case: Case, precision: str, python: Path, folder: Path) -> Path:
+def modelopt(case: Case, codes: str, precision: str, python: Path, folder: Path) -> Path:
     """Quantized by ModelOpt. Raises DeployError with its last words."""
-    calls, out = folder / "calls.npz", folder / f"modelopt-{precision}.onnx"
+    calls, out = folder / "calls.npz", folder / f"modelopt-{codes}-{precision}.onnx"
     names = case.calibration[0]
     np.savez(calls, **{name: np.concatenate([np.asarray(feeds[name]) for feeds in case.calibration]) for name in names})
-    job = {"model": str(case.onnx), "calls": str(calls), "precision": PRECISIONS[precision], "out": str(out)}
+    job = {
+        "model": str(case.onnx),
+        "calls": str(calls),
+        "precision": PRECISIONS[precision],
+        "codes": MODELOPT_CODES[codes],
+        "out": str(out),
+    }
     request = folder / "job.json"
     request.write_text(json.dumps({**job, "answer": str(folder / "answer.json")}), encoding="utf-8")
     script = Path(__file__).with_name("_modelopt.py")
@@ -119,21 +143,21 @@ def modelopt(case: Case, precision: str, python: Path, folder: Path) -> Path:
     return out
 
 
-def judged(case: Case, model: Any, maker: str, precision: str, folder: Path) -> Row:
+def judged(case: Case, model: Any, row: Row, target: Target, folder: Path) -> Row:
     """Build a file for every checked capability, and answer with it on the CPU."""
-    row = Row(case.given.name, maker, precision)
+    _, product, capabilities, _ = CODES[row.codes]
     artifact = case.graph.evolve(model)
     folder.mkdir(parents=True, exist_ok=True)
     path = form.write(model, folder)
-    probes = [probing.probe(path, Recipe(precision=precision), capability, seconds=SECONDS) for capability in CHECKED]
+    probes = [probing.probe(path, Recipe(precision=row.precision), capability, seconds=SECONDS) for capability in capabilities]
     intended = [node.name or "" for node in rules.intended(artifact)]
-    integers = [name for name in intended if all(found.operands_of(name) == INT8 for found in probes)]
+    integers = [name for name in intended if all(found.operands_of(name) == product for found in probes)]
     macs = _macs(model)
     known = [item for item in macs.values() if item is not None]
     share = sum(macs.get(name) or 0 for name in integers) / sum(known) if len(known) == len(macs) else None
     return replace(
         row,
-        problem="; ".join(probing.refusals(probes)) or _broken(artifact, case),
+        problem="; ".join(probing.refusals(probes)) or _broken(artifact, target),
         intended=len(intended),
         integers=len(integers),
         int8_macs=share,
@@ -143,15 +167,15 @@ def judged(case: Case, model: Any, maker: str, precision: str, folder: Path) -> 
         ),
         megabytes=max(found.bytes for found in probes) / 1e6,
         seconds=max(found.seconds for found in probes),
-        sqnr_db=_sqnr(case, model, precision),
+        sqnr_db=_sqnr(case, model, row.precision),
     )
 
 
-def _broken(artifact: Artifact, case: Case) -> str:
+def _broken(artifact: Artifact, target: Target) -> str:
     """The first of our rules that a graph breaks."""
-    runtime = case.target.runtime.model_copy(update={"opset": 24})
+    runtime = target.runtime.model_copy(update={"opset": 24})
     try:
-        enforce(rules.RULES, artifact, case.target.model_copy(update={"runtime": runtime}))
+        enforce(rules.RULES, artifact, target.model_copy(update={"runtime": runtime}))
     except DeployError as error:
         return " ".join(error.what.split())[:LAST_WORDS]
     return ""
@@ -173,46 +197,50 @@ def _sqnr(case: Case, model: Any, precision: str) -> float | None:
 
 
 def rows_of(case: Case, python: Path | None, folder: Path) -> list[Row]:
-    """Ours and ModelOpt's, in both precisions."""
+    """Ours and ModelOpt's, of every type and precision."""
     found: list[Row] = []
-    quantized = ours(case, folder)
-    for precision in PRECISIONS:
-        say(f"{case.given.name}: {precision}")
-        model = form.clone(quantized.model) if precision == "f32" else typed(quantized.model, precision)[0]
-        found.append(judged(case, model, OURS, precision, folder / f"ours-{precision}"))
-        if python is None:
-            found.append(Row(case.given.name, MODELOPT, precision, problem="skipped: --modelopt-python was not given"))
-            continue
-        try:
-            path = modelopt(case, precision, python, folder)
-            found.append(judged(case, form.read(path), MODELOPT, precision, folder / f"modelopt-{precision}"))
-        except (DeployError, subprocess.TimeoutExpired) as error:
-            found.append(Row(case.given.name, MODELOPT, precision, problem=" ".join(str(error).split())[:LAST_WORDS]))
+    for codes, (name, _, _, precisions) in CODES.items():
+        target = open_target(name)
+        quantized = ours(case, target, folder)
+        for precision in precisions:
+            say(f"{case.given.name}: {codes}, {precision}")
+            model = form.clone(quantized.model) if precision == "f32" else typed(quantized.model, precision)[0]
+            own, peer = (Row(case.given.name, maker, codes, precision) for maker in (OURS, MODELOPT))
+            found.append(judged(case, model, own, target, folder / f"ours-{codes}-{precision}"))
+            if python is None:
+                found.append(replace(peer, problem="skipped: --modelopt-python was not given"))
+                continue
+            try:
+                path = modelopt(case, codes, precision, python, folder)
+                found.append(judged(case, form.read(path), peer, target, folder / f"modelopt-{codes}-{precision}"))
+            except (DeployError, subprocess.TimeoutExpired) as error:
+                found.append(replace(peer, problem=" ".join(str(error).split())[:LAST_WORDS]))
     return found
 
 
 def missed(rows: Sequence[Row]) -> list[str]:
     """Where the bar is not met."""
     found: list[str] = []
-    peers = {(row.model, row.precision): row for row in rows if row.maker == MODELOPT and row.roundings}
+    peers = {(row.model, row.codes, row.precision): row for row in rows if row.maker == MODELOPT and row.roundings}
     for row in (row for row in rows if row.maker == OURS):
+        name = f"{row.model}, {row.codes}, {row.precision}"
         if not row.whole:
-            found.append(f"{row.model}, {row.precision}: {row.problem or f'{row.integers} of {row.intended} in integers'}")
-        peer = peers.get((row.model, row.precision))
+            found.append(f"{name}: {row.problem or f'{row.integers} of {row.intended} in 8 bits'}")
+        peer = peers.get((row.model, row.codes, row.precision))
         if peer is not None and row.roundings > peer.roundings:
-            found.append(f"{row.model}, {row.precision}: {row.roundings} roundings, ModelOpt {peer.roundings}")
+            found.append(f"{name}: {row.roundings} roundings, ModelOpt {peer.roundings}")
     return found
 
 
 def markdown(rows: Sequence[Row], version: str, machine: str) -> str:
     """The page."""
     about_it = (
-        f"TensorRT-RTX {version}, built for {' and '.join(CHECKED)}; {CALIBRATION} photos calibrate, {JUDGED} others give the SQNR. "
-        "All networks but lite0 have random weights. Latency is not measured, and RTX is not TensorRT: this shows what parses, that types "
-        "are right and what multiplies integers. A kernel that RTX compiles itself (attention) does not say what it multiplies and counts "
-        "as float. No SQNR where random weights give zeros (vit_b_16's last layer) or less than float16 holds (mobilenet_v2, 3e-9)."
+        f"TensorRT-RTX {version}, built for {' and '.join(CHECKED)}, float8 for {' and '.join(CHECKED_FLOAT8)}; {CALIBRATION} "
+        f"photos calibrate, {JUDGED} others give the SQNR. All networks but lite0 have random weights, with batch normalization of photos. "
+        "Latency is not measured, and RTX is not TensorRT: this shows what parses, that types are right and what multiplies 8 bits. A "
+        "kernel that RTX compiles itself (attention) does not say what it multiplies and counts as float."
     )
-    wrong = [f"- {row.model}, {row.maker}, {row.precision}: {row.problem}" for row in rows if row.problem and row.intended]
+    wrong = [f"- {row.model}, {row.maker}, {row.codes}, {row.precision}: {row.problem}" for row in rows if row.problem and row.intended]
     verdict = missed(rows)
     lines = ["# TensorRT-RTX's parser and builder, without a GPU", "", about_it, "", table(HEADER, map(_cells, rows)), ""]
     lines += ["What is wrong with a file:", "", *wrong, ""] if wrong else []
@@ -221,7 +249,7 @@ def markdown(rows: Sequence[Row], version: str, machine: str) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    name = [row.model, row.maker, row.precision]
+    name = [row.model, row.maker, row.codes, row.precision]
     if not row.intended:
         return [*name, row.problem, *[DASH] * 6]
     share = DASH if row.int8_macs is None else f"{100 * row.int8_macs:.1f} %"
@@ -245,7 +273,7 @@ def main() -> int:
         if options.only and given.name not in options.only:
             continue
         folder = options.folder / given.name
-        case = prepare(given, photos, folder, JUDGED, TARGET)
+        case = prepare(given if given.real else awake(given, photos, folder), photos, folder, JUDGED, TARGET)
         case = replace(case, data=case.data.with_calibration(CALIBRATION), calibration=case.calibration[:CALIBRATION])
         rows += rows_of(case, options.modelopt_python, folder)
     page = markdown(rows, version, about(capture(1)))

@@ -142,7 +142,7 @@ def markdown(document: dict[str, Any]) -> str:
         if "skipped" in found:
             lines += [f"Skipped: {found['skipped']}", ""]
             continue
-        note = "trained weights" if found["real"] else "random weights: agreement means little"
+        note = "trained weights" if found["real"] else "random weights, batch normalization of photos: agreement means little"
         lines += [found["about"], "", f"{note}. Chosen from: {'; '.join(found['field'])}.", ""]
         lines += [f"{'PASS' if found['bar']['met'] else 'FAIL'}: {found['bar']['text']}", "", _table(found["rows"]), ""]
     return "\n".join(lines)
@@ -188,7 +188,7 @@ def main() -> int:
         for threads in dict.fromkeys(options.threads):
             name = given.name if threads == 1 else f"{given.name}, {threads} threads"
             try:
-                case = prepare(_ready(given, options), photos, options.folder / given.name, options.judge)
+                case = prepare(_ready(given, options, photos), photos, options.folder / given.name, options.judge)
                 best, field = ours(case, photos, options.folder / given.name, threads)
                 rows = [*peers(case, options.folder / given.name / "peers", options.peers_python, threads), best]
                 judged, bench = compare(case, rows, Bench(threads=threads, min_seconds=2.0, min_runs=40))

@@ -22,6 +22,7 @@ from deploycc.errors import UsageError
 from deploycc.planning import open_dataset
 from deploycc.runtime import bundle as bundles
 from deploycc.runtime import host, sessions
+from deploycc.runtime.inputs import interpret, read_input
 from deploycc.runtime.signature import Signature
 from deploycc.tools import Shapes, is_bundle, load_model
 
@@ -89,7 +90,7 @@ def _candidate(text: str, request: Request, samples: Data | None, work: Path) ->
         return Candidate(
             text,
             lambda: bundles.open_session(loaded, threads),
-            _bundle_feeds(loaded, request.seed),
+            bundle_feeds(loaded, request.seed),
             fresh=fresh.of_bundle(Path(text), threads),
             pictures=_pictures(text, loaded, request.pictures) if request.pictures else None,
         )
@@ -100,7 +101,7 @@ def _candidate(text: str, request: Request, samples: Data | None, work: Path) ->
     if artifact.form is not Form.ONNX:
         form = FORMS.get(artifact.form.value)
         return Candidate(text, lambda: form.open(artifact, threads=threads), feeds, fresh=_fresh_model(text, request))
-    path = _saved(artifact, work)
+    path = saved(artifact, work)
     return Candidate(
         text,
         lambda: sessions.find("onnxruntime").open(path, artifact.signature, {}, threads),
@@ -109,7 +110,7 @@ def _candidate(text: str, request: Request, samples: Data | None, work: Path) ->
     )
 
 
-def _saved(artifact: Artifact, work: Path) -> Path:
+def saved(artifact: Artifact, work: Path) -> Path:
     """An ONNX model as a file: it opens in the runtime that ships it, fully optimized."""
     work.mkdir()
     FORMS.get(Form.ONNX.value).save(artifact, work)
@@ -133,18 +134,19 @@ def _feeds(artifact: Artifact, samples: Data | None, seed: int) -> Sequence[Feed
     from deploycc.forms.module import example_feeds
 
     real = samples.probe(artifact, FEEDS) if samples else []
-    return real or _single(example_feeds(artifact.signature, seed=seed), artifact.signature)
+    return real or single(example_feeds(artifact.signature, seed=seed), artifact.signature)
 
 
-def _bundle_feeds(loaded: bundles.LoadedBundle, seed: int) -> Sequence[Feeds]:
+def bundle_feeds(loaded: bundles.LoadedBundle, seed: int) -> Sequence[Feeds]:
+    """Its golden inputs, or random ones."""
     from deploycc.forms.module import example_feeds
 
     if loaded.file("golden") is None:
-        return _single(example_feeds(loaded.signature, seed=seed), loaded.signature)
+        return single(example_feeds(loaded.signature, seed=seed), loaded.signature)
     return bundles.read_golden(loaded).feeds
 
 
-def _single(feeds: Feeds, signature: Signature) -> list[Feeds]:
+def single(feeds: Feeds, signature: Signature) -> list[Feeds]:
     """Made-up feeds with one sample where the batch axis is free: what candidates of a free and of a fixed one have in common."""
     free = all(spec.shape and isinstance(spec.shape[0], str) for spec in signature.inputs)
     return [{name: array[:1] for name, array in feeds.items()}] if free else [feeds]
@@ -159,6 +161,6 @@ def _pictures(text: str, loaded: bundles.LoadedBundle, path: Path) -> Pictures:
         raise UsageError(f"there are no pictures in {path}", fix=f"give a folder of {', '.join(sorted(PICTURES))} files, or one of them")
     return Pictures(
         found[:MOST_PICTURES],
-        prepare=lambda file: bundles.read_input(loaded, file),
-        finish=lambda outputs: bundles.interpret(loaded, outputs, 5),
+        prepare=lambda file: read_input(loaded, file),
+        finish=lambda outputs: interpret(loaded, outputs, 5),
     )

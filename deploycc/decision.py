@@ -147,6 +147,7 @@ def check_limits(planned: Plan, attempt: Attempt, name: str, bench: BenchResult 
         "latency_p95_ms": timed.p95_ms if timed else None,
         "model_mb": attempt.bytes / 1e6,
         "peak_mb": timed.rss_growth_mb if timed else None,
+        "outside_delegate": None if (outside := attempt.built.coverage.outside) is None else len(outside),
     }
     for key, value in values.items():
         limit = getattr(limits, key)

@@ -286,7 +286,7 @@ class _Job:
     def contents(self, outcome: Outcome, shipped: Attempt, limits: Sequence[LimitCheck], created: str, started: float) -> Contents:
         """Everything that goes into the bundle."""
         feeds = self.context.data.probe(shipped.artifact, GOLDEN)
-        with self.planned.backend.open(shipped.built, self.planned.target, threads=1) as session:
+        with self.planned.backend.open(shipped.built, self.planned.target, threads=self.planned.target.bench.threads) as session:
             outputs = [session.run(item) for item in feeds]
         records = [_record(FLOAT, outcome.parent), *(_record(_rung(index), item) for index, item in enumerate(outcome.attempts))]
         everything = [outcome.parent, *outcome.attempts]

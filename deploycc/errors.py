@@ -105,6 +105,10 @@ class MissingDependency(DeployError):
     """An optional package that is not installed."""
 
 
+class BuildError(DeployError):
+    """A program that a compiler refuses to build."""
+
+
 class StoreError(DeployError):
     """A folder that cannot be written, or a full disk."""
 
@@ -119,6 +123,22 @@ class MismatchError(BundleError):
 
 class BenchError(DeployError):
     """A measurement that cannot be taken, or results that cannot be compared."""
+
+
+class DeviceError(DeployError):
+    """A device that cannot be reached, or on which a bundle cannot be run."""
+
+
+class ConnectionLost(DeviceError):
+    """The connection to a device ended while something ran there."""
+
+
+class DeviceTimeout(DeviceError):
+    """A device that did not answer in time."""
+
+
+class EmulationError(DeployError):
+    """An emulated device that does not start, or on which a program ends by a signal or in the wrong way."""
 
 
 class Interrupted(DeployError):

@@ -16,6 +16,7 @@ from deploycc.core.contract import Pass, options_of
 from deploycc.core.registry import BACKENDS, DATASETS, MODELS, PASSES, suggest, summary
 from deploycc.errors import UnknownName
 from deploycc.planning import Plan
+from deploycc.remote.addresses import LINKS
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "") -> str:
@@ -110,6 +111,7 @@ def target_manual(name: str) -> str:
     target = targets.load(name)
     lines = [f"{name}: {target.title}", *([target.docs] if target.docs else []), ""]
     lines += [f'backend = "{target.backend}"', f'arch = "{target.arch}"', f'pipeline = "{target.pipeline}"', f"auto = {target.auto}"]
+    lines += [f"notices = {_toml(target.notices)}"] if target.notices else []
     for section in ("hardware", "runtime", "engine", "quant", "limits", "bench"):
         values = getattr(target, section)
         fields = type(values).model_fields
@@ -176,6 +178,22 @@ def source_manual(name: str) -> str:
         raise UnknownName(f"there is no source '{name}'", fix=suggest(name, known, listing="`deploycc sources`"))
     texts = [f"{name} ({cls.syntax})\n\n{inspect.getdoc(cls)}\n\n{inspect.getdoc(inspect.getmodule(cls)) or ''}" for cls in found]
     return "\n\n".join(text.rstrip() for text in texts)
+
+
+def list_devices() -> str:
+    """Ways to reach a device, and whether each works here."""
+    rows = [("DEVICE", "HERE", "HOW TO WRITE IT", "WHAT IT IS")]
+    for name in LINKS.names():
+        available = LINKS.get(name).available()
+        here = available.version or f"no: {available.missing}; {available.install}"
+        rows.append((name, here, LINKS.get(name).syntax, summary(LINKS.get_class(name))))
+    return table(rows)
+
+
+def device_manual(name: str) -> str:
+    """The whole docstring of a way to reach a device."""
+    cls = LINKS.get_class(name)
+    return f"{name} ({cls.syntax})\n\n{inspect.getdoc(cls)}\n\n{inspect.getdoc(inspect.getmodule(cls)) or ''}"
 
 
 def plan_text(plan: Plan, model: str) -> str:

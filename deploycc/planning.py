@@ -18,7 +18,7 @@ from deploycc.core.pipeline import Pipeline
 from deploycc.core.registry import BACKENDS, DATASETS, MODELS, suggest
 from deploycc.core.target import Target
 from deploycc.errors import UsageError
-from deploycc.runtime.transform import Transform
+from deploycc.runtime.audio import AnyTransform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +221,7 @@ def capture(model: Any, source: ModelSource, options: Options, data: Data, *, re
     return with_transform(artifact, data, rename=rename)
 
 
-def declared_transform(artifact: Artifact, data: Data) -> Transform | None:
+def declared_transform(artifact: Artifact, data: Data) -> AnyTransform | None:
     """The data set's own, else the model's, else the data set's fallback."""
     dataset = data.dataset
     return (dataset.transform or artifact.transform or dataset.fallback) if dataset else artifact.transform

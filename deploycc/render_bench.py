@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deploycc.render import DASH, interval, milliseconds, table_of
+from deploycc.render import DASH, interval, milliseconds, percent, table_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +39,8 @@ def bench_table(result: BenchResult) -> Table:
     columns += ["per second"] if several else []
     columns += ["answered/s", "in time"] if served else []
     columns += ["mJ"] if metered else []
+    roofs = any(item.roof for item in result.measurements)
+    columns += ["GMAC/s", "of peak"] if roofs else []
     table = table_of(*columns, f"speed-up over {result.baseline}", left=1)
     who = "" if result.driver == "deploycc" else f", {result.driver}"
     table.title = f"{result.environment.cpu_model}, {threads} thread{'s' if threads > 1 else ''}{_how(result)}{who}"
@@ -49,6 +51,7 @@ def bench_table(result: BenchResult) -> Table:
         cells += [f"{item.per_second:.4g}"] if several else []
         cells += _served(item) if served else []
         cells += [f"{item.energy.millijoules:.3g}" if item.energy else DASH] if metered else []
+        cells += _reached(item) if roofs else []
         table.add_row(item.name, *cells, _ratio(item, ratios))
     return table
 
@@ -71,6 +74,14 @@ def _served(item: Measurement) -> list[str]:
     met = {True: "met", False: "NOT MET", None: DASH}[item.served.met]
     share = "" if item.served.within is None else f" ({item.served.within:.1%})"
     return [f"{item.served.achieved_qps:.4g}", f"{met}{share}"]
+
+
+def _reached(item: Measurement) -> list[str]:
+    """MACs per second, and their share of what this machine's fastest products make in the same precisions."""
+    found = item.roof
+    if found is None or found.gmacs_per_second is None:
+        return [DASH, DASH]
+    return [f"{found.gmacs_per_second:.0f}", percent(found.compute_share, 0)]
 
 
 def _ratio(item: Measurement, ratios: dict[str, Ratio]) -> str:

@@ -35,6 +35,7 @@ def inspection(found: Mapping[str, Any], *, every: bool = False) -> str:
     if coverage:
         lines.append(f"  int8    {percent(coverage['int8_macs'])} of the MACs, {coverage['int8_operators']} operators")
         lines += [f"  float   {operator}: {reason}" for operator, reason in coverage["float_operators"]]
+        lines += [f"  outside {kind}: {number}, not in the delegate" for kind, number in Counter(coverage.get("outside") or ()).items()]
     if found["kernels"] is not None:
         lines += _kernels(found["kernels"], found["graph_of"], every=every)
     return "\n".join(lines)

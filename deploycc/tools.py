@@ -17,14 +17,20 @@ from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import ModelRequest
 from deploycc.core.kernels import Maps
 from deploycc.core.registry import BACKENDS, FORMS
+from deploycc.emulate import root as emulator
 from deploycc.errors import DeployError
+from deploycc.package import cpp_build
 from deploycc.planning import find_source
 from deploycc.runtime import bundle as bundles
 from deploycc.runtime import cuda, host
+from deploycc.runtime.inputs import interpret, read_input
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
+from deploycc.runtime.seal import SIGNATURE, check_signature
+from deploycc.runtime.unpack import opened
 
 Shapes = Mapping[str, tuple[int | str, ...]]
 OPTIONAL = {
+    "cryptography": ("cryptography (signs packages)", "pip install 'deploycc[sign]'"),
     "mlperf_loadgen": ("MLPerf LoadGen (bench --loadgen)", "pip install 'deploycc[loadgen]'"),
     "accelerate": ("accelerate (passes that train)", "pip install 'deploycc[train]'"),
     "tensorrt_rtx": ("TensorRT-RTX (checks bundles for TensorRT without a GPU)", "pip install 'deploycc[tensorrt-rtx]'"),
@@ -44,33 +50,50 @@ def load_model(text: str, inputs: Shapes, weights: Path | None, random_weights: 
     return find_source(text).load(request)
 
 
-def predict(folder: Path, file: Path, *, top: int, threads: int) -> dict[str, Any]:
+def predict(bundle: Path, file: Path, *, top: int, threads: int) -> dict[str, Any]:
     """One answer of a bundle: {"predictions": […]} for class scores, else {"outputs": {name: values}}."""
-    loaded = bundles.load(folder)
-    host.check_host(loaded.manifest)
-    feeds = bundles.read_input(loaded, file)
-    with bundles.open_session(loaded, threads) as session:
-        outputs = session.run(feeds)
-    found = bundles.interpret(loaded, outputs, top)
+    with opened(bundle) as folder:
+        loaded = bundles.load(folder)
+        host.check_host(loaded.manifest)
+        feeds = read_input(loaded, file)
+        with bundles.open_session(loaded, threads) as session:
+            outputs = session.run(feeds)
+    found = interpret(loaded, outputs, top)
     answer = {"predictions": found} if found is not None else {"outputs": {name: array.tolist() for name, array in outputs.items()}}
     return {"file": str(file), **answer, "notices": list(loaded.manifest.get("notices", []))}
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Hashes, machine, golden outputs. Raises BundleError and MismatchError at the first that fails."""
+def verify(bundle: Path, key: Path | None = None) -> dict[str, Any]:
+    """Signature (with its maker's public key), hashes, machine, golden outputs. Raises BundleError or MismatchError."""
+    with opened(bundle) as folder:
+        return _verified(folder, key) | {"bundle": str(bundle)}
+
+
+def sealed(folder: Path, key: Path | None) -> tuple[list[str], bundles.LoadedBundle]:
+    """What holds of a bundle wherever it lies: its signature, if `key` is given, and its hashes. Raises BundleError."""
+    checks: list[str] = []
+    if key is not None:  # before anything else is read
+        checks.append(f"signed by the owner of {key} ({check_signature(folder, key)})")
+    elif (folder / SIGNATURE).is_file():
+        checks.append("signed, but by whom was not checked: give --key PUB.pem")
     loaded = bundles.load(folder)
-    checks = [f"{len(bundles.listed(loaded.manifest))} files have the hashes of the manifest"]
+    checks.append(f"{len(bundles.listed(loaded.manifest))} files have the hashes of the manifest")
+    return checks, loaded
+
+
+def _verified(folder: Path, key: Path | None) -> dict[str, Any]:
+    checks, loaded = sealed(folder, key)
     host.check_host(loaded.manifest)
     checks.append(f"this machine fits target '{loaded.manifest['target']['name']}'")
     if loaded.file("golden") is None:
         checks.append("no golden outputs to compare (compiled without data)")
     else:
-        golden = bundles.read_golden(loaded)
-        with bundles.open_session(loaded, 1) as session:
+        golden, wanted = bundles.read_golden(loaded), loaded.manifest["target"].get("bench", {}).get("threads", 1)
+        with bundles.open_session(loaded, min(wanted, available_cores())) as session:
             worst = bundles.check_golden(golden, session)
         distances = ", ".join(f"{name}: {value:.3g} of {golden.atol.get(name, 0.0):.3g} allowed" for name, value in worst.items())
         checks.append(f"{len(golden.feeds)} golden outputs ({distances})")
-    return {"bundle": str(folder), "checks": checks, "unlisted": list(loaded.unlisted)}
+    return {"checks": checks, "unlisted": list(loaded.unlisted)}
 
 
 def inspect(thing: str, *, inputs: Shapes, weights: Path | None, random_weights: bool) -> dict[str, Any]:
@@ -152,8 +175,19 @@ def doctor() -> dict[str, Any]:
         ],
         "targets": [_target_state(name, {key: bool(item) for key, item in backends.items()}) for name in targets.names()],
         "optional": [
-            {"what": what, "here": importlib.util.find_spec(module) is not None, "install": install}
-            for module, (what, install) in OPTIONAL.items()
+            *(
+                {"what": what, "here": importlib.util.find_spec(module) is not None, "install": install}
+                for module, (what, install) in OPTIONAL.items()
+            ),
+            {
+                "what": "qemu (verify --emulate: bundles for ARM, on its cores)",
+                "here": emulator.missing() is None,
+                "install": emulator.INSTALL,
+            },
+            *(
+                {"what": f"a compiler for {arch} (package --runner cpp)", "here": install is None, "install": install or ""}
+                for arch, install in cpp_build.recipes().items()
+            ),
         ],
     }
 

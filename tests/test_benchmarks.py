@@ -189,16 +189,16 @@ def tensorrt_check():
 
 def test_the_bar_of_the_tensorrt_check(tensorrt_check):
     row = tensorrt_check.Row
-    ours = row("net", tensorrt_check.OURS, "f16", intended=3, integers=3, roundings=4, int8_macs=0.9, sqnr_db=30.0)
-    peer = row("net", tensorrt_check.MODELOPT, "f16", intended=3, integers=3, roundings=4)
+    ours = row("net", tensorrt_check.OURS, "int8", "f16", intended=3, integers=3, roundings=4, int8_macs=0.9, sqnr_db=30.0)
+    peer = row("net", tensorrt_check.MODELOPT, "int8", "f16", intended=3, integers=3, roundings=4)
     assert tensorrt_check.missed([ours, peer]) == []
-    assert tensorrt_check.missed([replace(ours, roundings=5), peer]) == ["net, f16: 5 roundings, ModelOpt 4"]
-    assert tensorrt_check.missed([replace(ours, integers=2), peer]) == ["net, f16: 2 of 3 in integers"]
-    assert tensorrt_check.missed([replace(ours, problem="SM86: crashed"), peer]) == ["net, f16: SM86: crashed"]
-    assert tensorrt_check.missed([replace(ours, intended=0, integers=0)]) == ["net, f16: 0 of 0 in integers"]
-    skipped = row("net", tensorrt_check.MODELOPT, "f16", problem="skipped: no Python")
+    assert tensorrt_check.missed([replace(ours, roundings=5), peer]) == ["net, int8, f16: 5 roundings, ModelOpt 4"]
+    assert tensorrt_check.missed([replace(ours, integers=2), peer]) == ["net, int8, f16: 2 of 3 in 8 bits"]
+    assert tensorrt_check.missed([replace(ours, problem="SM86: crashed"), peer]) == ["net, int8, f16: SM86: crashed"]
+    assert tensorrt_check.missed([replace(ours, intended=0, integers=0)]) == ["net, int8, f16: 0 of 0 in 8 bits"]
+    skipped = row("net", tensorrt_check.MODELOPT, "int8", "f16", problem="skipped: no Python")
     page = tensorrt_check.markdown([ours, skipped], "1.7", "a machine")
-    assert "| net | deploycc | f16 | 3 | 3 | 90.0 % | 4 | 0.0 | 0.0 | 30.0 dB |" in page
+    assert "| net | deploycc | int8 | f16 | 3 | 3 | 90.0 % | 4 | 0.0 | 0.0 | 30.0 dB |" in page
     assert "skipped: no Python" in page
     assert "The bar is met." in page
-    assert "2 of 3 in integers" in tensorrt_check.markdown([replace(ours, integers=2)], "1.7", "a machine")
+    assert "2 of 3 in 8 bits" in tensorrt_check.markdown([replace(ours, integers=2)], "1.7", "a machine")

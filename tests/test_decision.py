@@ -19,13 +19,13 @@ from deploycc.runtime.signature import Signature
 SIGNATURE = Signature((), ())
 
 
-def attempt(*, passed=True, value=0.9, sqnr=20.0, size=1_000_000, passes=None):
+def attempt(*, passed=True, value=0.9, sqnr=20.0, size=1_000_000, passes=None, outside=None):
     accuracy = Accuracy(
         metric="top1", reference=0.9, candidate=value, agreement=value, right_to_wrong=0, wrong_to_right=0,
         sqnr_db=sqnr, max_abs=0.1, samples=100, labelled=100,
     )  # fmt: skip
     artifact = Artifact(Form.ONNX, None, SIGNATURE, "toy")
-    built = Built(Path(), ("model.onnx",), {}, SIGNATURE, Coverage(1.0, 1, ()))
+    built = Built(Path(), ("model.onnx",), {}, SIGNATURE, Coverage(1.0, 1, (), outside=outside))
     verdict = Verdict(passed=passed, rule="top1 may drop", reason="top1 fell" if not passed else "within")
     return Attempt(plan("x.onnx", Options(target="arm64-onnxruntime", passes=passes)).pipeline, artifact, built, size, accuracy, verdict)
 
@@ -127,3 +127,27 @@ def test_limits_that_cannot_be_measured_are_not_called_met():
     assert (timed["latency_p95_ms"].met, timed["model_mb"].met, timed["accuracy"].met) == (True, False, True)
     untimed = {check.name: check for check in check_limits(planned, attempt(), COMPILED, None)}
     assert (untimed["latency_p95_ms"].met, untimed["latency_p95_ms"].value) == (None, None)
+
+
+def test_operators_outside_the_delegate_are_a_limit():
+    planned = plan("x.onnx", Options(target="onnxruntime-portable"))
+    limits = planned.target.limits.model_copy(update={"outside_delegate": 1})
+    planned = replace(planned, target=planned.target.model_copy(update={"limits": limits}))
+
+    def check(outside):
+        (found,) = (item for item in check_limits(planned, attempt(outside=outside), COMPILED, None) if item.name == "outside_delegate")
+        return found.value, found.met
+
+    assert check(("aten::erf.out", "aten::cumsum.out")) == (2.0, False)
+    assert check(("aten::erf.out",)) == (1.0, True)
+    assert check(()) == (0.0, True)
+    assert check(None) == (None, None)  # the runtime has no delegate: not measured
+
+
+@pytest.mark.parametrize("target", ["arm64-xnnpack", "arm64-onnxruntime", "arm64-qnnpack", "rpi4"])
+def test_what_another_machine_would_have_to_measure_is_not_measured(target):
+    planned = plan("torchvision:resnet18", Options(target=target, max_latency_ms=40.0, max_size_mb=0.5))
+    limits = planned.target.limits.model_copy(update={"peak_mb": 100.0})
+    planned = replace(planned, target=planned.target.model_copy(update={"limits": limits}), misfit="it is for aarch64")
+    found = {check.name: check.met for check in check_limits(planned, attempt(), COMPILED, None)}
+    assert found == {"accuracy": True, "latency_p95_ms": None, "model_mb": False, "peak_mb": None}

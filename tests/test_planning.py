@@ -91,3 +91,11 @@ def test_a_recorded_command_line_is_read_back():
 def test_what_is_no_command_line_is_refused(text):
     with pytest.raises(UsageError, match="is not how a bundle is compiled"):
         parse_command_line(text)
+
+
+def test_an_onnx_file_reaches_executorch_through_its_torch_form():
+    planned = plan("x.onnx", Options(target="rpi4"))
+    assert [step.body.name for step in planned.pipeline.steps] == ["fold-batchnorm", "export-program", "quantize-pt2e"]
+    assert planned.dropped == ("fold-padding",)
+    module = plan("torchvision:resnet18", Options(target="rpi4"))
+    assert [step.body.name for step in module.pipeline.steps] == ["fold-batchnorm", "fold-padding", "export-program", "quantize-pt2e"]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from deploycc.bench.environment import capture
 from deploycc.bench.measurement import Measurement
@@ -267,7 +268,7 @@ def test_models_made_from_files_are_not_run_without_them(script, tmp_path):
     quantizers, fashion = script("quantizers"), script("_quantizers_fashion")
     given = next(given for given in quantizers.MODELS if given.name == fashion.NAME)
     with pytest.raises(UsageError, match="made from files that are not here"):
-        quantizers._ready(given, quantizers.arguments([str(tmp_path)]))
+        quantizers._ready(given, quantizers.arguments([str(tmp_path)]), None)
     with pytest.raises(DataError):
         fashion.given(tmp_path / "there", tmp_path)
     files = script("_quantizers_files")
@@ -355,3 +356,18 @@ def test_the_bar_of_the_family(script, ours, peers, met):
     assert "| inf |" in text
     assert "| broken | it does not run: oh |" in text
     assert "Skipped: why" in text
+
+
+def test_random_networks_have_the_biases_of_a_trained_one(script, tmp_path):
+    from PIL import Image
+
+    colours = np.random.default_rng(0)
+    for name in "abc":
+        Image.fromarray(colours.integers(0, 256, (300, 300, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    photos = SimpleNamespace(calibration=tmp_path)
+    given = script("_quantizers_cases").Given("resnet18", "torchvision:resnet18", real=False)
+    made = script("_awake").awake(given, photos, tmp_path / "folder")
+    state = torch.load(made.weights, weights_only=True)
+    assert state["layer1.0.bn1.running_mean"].abs().min() > 0
+    written = made.weights.stat().st_mtime_ns
+    assert script("_awake").awake(given, photos, tmp_path / "folder").weights.stat().st_mtime_ns == written

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from deploycc import render, tools
+from deploycc import render, render_graph, tools
 from deploycc.backends import _tensorrt_probe as probing
 from deploycc.runtime import cuda
 from deploycc.runtime.sessions import tensorrt as session
@@ -78,3 +78,16 @@ def test_the_doctor_says_what_would_check_a_bundle(monkeypatch):
     monkeypatch.setattr(probing, "checker", lambda: None)
     monkeypatch.setattr(session, "version", lambda: None)
     assert "unchecked without TensorRT-RTX: pip install 'deploycc[tensorrt-rtx]'" in render.diagnosis(tools.doctor())
+
+
+def test_inspect_names_what_runs_outside_the_delegate():
+    found = {
+        "name": "b", "kind": "bundle", "notices": [], "signature": {"inputs": [], "outputs": []}, "target": "rpi4", "files": [],
+        "runtime": {"package": "executorch", "version": "1.5.1", "minimum": "1.5"}, "kernels": None, "graph_of": "",
+        "coverage": {"int8_macs": 1.0, "int8_operators": 5, "float_operators": [], "outside": ["aten::erf.out", "aten::sum.out", "aten::erf.out"]},
+    }  # fmt: skip
+    lines = render_graph.inspection(found).splitlines()
+    assert lines[-2:] == ["  outside aten::erf.out: 2, not in the delegate", "  outside aten::sum.out: 1, not in the delegate"]
+    for outside in ([], None):
+        found["coverage"]["outside"] = outside
+        assert "outside" not in render_graph.inspection(found)

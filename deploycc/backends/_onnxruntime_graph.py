@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from deploycc.core.artifact import QuantInfo
 from deploycc.core.contract import Coverage
-from deploycc.core.kernels import Kernel
+from deploycc.core.kernels import Kernel, Precision, Shapes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,17 +56,23 @@ def coverage(model: ir.Model, quant: QuantInfo | None, path: Path) -> Coverage:
     return Coverage(share, len(integers), tuple(left) if quant else (("every operator", "the artifact is float"),), conversions)
 
 
-def kernels(model: ir.Model, path: Path) -> list[Kernel]:
-    """Every operator of the graph that the runtime makes of `model`, written at `path`, in the order of that graph."""
+def kernels(model: ir.Model, path: Path, sizes: Shapes | None = None) -> list[Kernel]:
+    """Every operator of the graph that the runtime makes of `model`, written at `path`, in the order of that graph.
+
+    MACs are of one call with inputs of `sizes`, by name; axes that stay named count as 1.
+    """
+    import onnx_ir as ir
+
     from deploycc.forms._macs import infer_shapes, is_heavy, node_macs
 
+    if sizes:
+        model = model.clone()
+        for value in model.graph.inputs:
+            if (value.name or "") in sizes:
+                value.shape = ir.Shape(sizes[value.name or ""])
     shapes = _shapes(_nodes(infer_shapes(model)), model)
-    integers: set[str | None] = set()
     found: list[Kernel] = []
-    for node in _nodes(_optimized(path)):
-        precision = _precision(node, integers)
-        if precision == "int8" or node.op_type == "QuantizeLinear":
-            integers |= {value.name for value in node.outputs}
+    for node, precision in node_precisions(_optimized(path)):
         macs = None
         if is_heavy(node.op_type) or _multiplies_integers(node):
             _fill_shapes(node, shapes)
@@ -75,7 +81,24 @@ def kernels(model: ir.Model, path: Path) -> list[Kernel]:
     return found
 
 
-def _precision(node: Any, integers: set[str | None]) -> Literal["int8", "float", "conversion"]:
+def nodes_of(path: Path) -> list[Any]:
+    """Of the graph that the runtime makes of a file, before its blocked memory layouts."""
+    return _nodes(_optimized(path))
+
+
+def node_precisions(optimized: ir.Model) -> list[tuple[Any, Precision]]:
+    """Every node of a graph that the runtime made, and what it computes in."""
+    integers: set[str | None] = set()
+    found: list[tuple[Any, Precision]] = []
+    for node in _nodes(optimized):
+        precision = _precision(node, integers)
+        if precision == "int8" or node.op_type == "QuantizeLinear":
+            integers |= {value.name for value in node.outputs}
+        found.append((node, precision))
+    return found
+
+
+def _precision(node: Any, integers: set[str | None]) -> Precision:
     if node.op_type in CONVERSIONS:
         return "conversion"
     if _multiplies_integers(node) or node.op_type.startswith("QLinear"):
@@ -122,9 +145,9 @@ def _reason(node: Any, reasons: Mapping[str, str]) -> str:
 
 
 def _fill_shapes(node: Any, shapes: Mapping[str | None, Any]) -> None:
-    """Give a node of the optimized graph the shapes of the tensors it kept from the original."""
+    """Give a node of the optimized graph the shapes of the tensors it kept from the original, which may know more of their axes."""
     for value in (*node.inputs, *node.outputs):
-        if value is None or value.shape is not None:
+        if value is None or (value.shape is not None and value.shape.is_static()):
             continue
         if value.const_value is not None:
             value.shape = value.const_value.shape

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from deploycc.core.artifact import QuantInfo
 from deploycc.core.contract import Coverage
-from deploycc.core.kernels import Kernel
+from deploycc.core.kernels import Kernel, Precision, Shapes
 from deploycc.core.timing import NodeTime
 from deploycc.runtime.sessions.openvino import settings
 
@@ -26,29 +26,30 @@ CONVERSIONS = frozenset({"Reorder", "Convert", "FakeQuantize"})
 NOT_COMPUTED = frozenset({"Input", "Output", "Const", "Parameter", "Result", "Reshape"})  # a Reshape copies nothing
 # Layer types that may multiply; a Subgraph is what the plug-in compiled by itself, attention among others.
 MULTIPLY = ("Convolution", "GroupConvolution", "MatMul", "FullyConnected", "LSTM", "RNN", "MHA", "ScaledDotProduct", "Subgraph")
-Precision = Literal["int8", "bf16", "f16", "float", "conversion"]
 PRECISIONS: Mapping[str, Precision] = {"u8": "int8", "i8": "int8", "bf16": "bf16", "f16": "f16"}
 
 
-def compiled(path: Path, precision: str, threads: int = 1, *, timed: bool = False) -> tuple[Any, Any]:
-    """(the model of the file, the model that the plug-in made of it)."""
+def compiled(path: Path, precision: str, threads: int = 1, *, timed: bool = False, shapes: Shapes | None = None) -> tuple[Any, Any]:
+    """(the model of the file, with `shapes` for its inputs; the model that the plug-in made of it)."""
     import openvino as ov
 
     core = ov.Core()
     model = core.read_model(str(path))
+    if shapes:
+        model.reshape({name: list(shape) for name, shape in shapes.items()})
     return model, core.compile_model(model, "CPU", settings(precision, threads) | ({"PERF_COUNT": True} if timed else {}))
 
 
-def kernels(path: Path, precision: str) -> list[Kernel]:
+def kernels(path: Path, precision: str, shapes: Shapes | None = None) -> list[Kernel]:
     """Every operator that the plug-in computes, in its order."""
-    model, ready = compiled(path, precision)
-    return _kernels(ready, _Work(model))
+    model, ready = compiled(path, precision, shapes=shapes)
+    return _kernels(ready, Work(model))
 
 
 def coverage(path: Path, precision: str, quant: QuantInfo | None) -> Coverage:
     """Share of the MACs that are computed in int8."""
     model, ready = compiled(path, precision)
-    work = _Work(model)
+    work = Work(model)
     found = _kernels(ready, work)
     heavy = [kernel for kernel in found if kernel.macs is not None]
     integer = [kernel for kernel in heavy if kernel.precision == "int8"]
@@ -61,7 +62,7 @@ def coverage(path: Path, precision: str, quant: QuantInfo | None) -> Coverage:
     return Coverage(share, len(integer), tuple(left) if quant else (("every operator", f"computed in {precision}"),), conversions)
 
 
-class _Work:
+class Work:
     """What the operators of a file multiply, by the names that the plug-in may give them.
 
     Attributes:
@@ -88,8 +89,13 @@ class _Work:
         return self._biased.get(name, name)
 
 
-def _kernels(ready: Any, work: _Work) -> list[Kernel]:
-    found: list[Kernel] = []
+def _kernels(ready: Any, work: Work) -> list[Kernel]:
+    return [kernel for _, kernel in computed(ready, work)]
+
+
+def computed(ready: Any, work: Work) -> list[tuple[Any, Kernel]]:
+    """Every operator that is computed, with its node in the plug-in's graph."""
+    found: list[tuple[Any, Kernel]] = []
     for op in ready.get_runtime_model().get_ordered_ops():
         facts = _facts(op)
         kind = facts.get("layerType", "")
@@ -99,7 +105,8 @@ def _kernels(ready: Any, work: _Work) -> list[Kernel]:
         heavy = work.take(names, exact=kind == "Subgraph")
         total = None if not heavy or None in heavy else sum(item or 0 for item in heavy)
         name, primitive = op.get_friendly_name(), facts.get("primitiveType", "")
-        found.append(Kernel(name, f"{kind} ({primitive})" if primitive else kind, _precision(kind, facts, bool(heavy)), total))
+        precision = _precision(kind, facts, bool(heavy))
+        found.append((op, Kernel(name, f"{kind} ({primitive})" if primitive else kind, precision, total)))
     return found
 
 

@@ -124,17 +124,18 @@ def integers_are_written_as_pairs(artifact: Artifact, target: Target) -> list[Vi
     return [Violation(_where(node), "an operator of integers") for node in nodes(artifact) if node.op_type in INTEGER]
 
 
-def integers_are_int8(artifact: Artifact, target: Target) -> list[Violation]:
-    """Quantized tensors are int8: uint8, int16 and float8 with five bits of exponent are refused.
+def codes_are_of_one_type(artifact: Artifact, target: Target) -> list[Violation]:
+    """Quantized tensors are int8, or all of them float8 with four bits of exponent where the target's quant says so; no other type.
 
     Set activations = weights = "int8" and activation_symmetric = true in the target's [quant], with placement = "tensorrt".
     """
     found: list[Violation] = []
+    wanted = "FLOAT8E4M3FN" if target.quant.weights == "float8" else "INT8"
     for node in pairs(artifact):
         for index in (0, 2) if node.op_type == DQ else (2,):
             value = operand(node, index)
             kind = value.dtype.name if value is not None and value.dtype is not None else None
-            if kind not in (None, "INT8"):
+            if kind not in (None, wanted):
                 found.append(Violation(_where(node), f"{value.name if value else ''} is {kind.lower() if kind else ''}"))
                 break
     return found
@@ -277,7 +278,7 @@ RULES: Sequence[Constraint] = (
     integers_are_written_as_pairs,
     operators_are_read,
     biases_are_float,
-    integers_are_int8,
+    codes_are_of_one_type,
     zero_points_are_zero,
     scales_are_constant,
     scales_are_positive,

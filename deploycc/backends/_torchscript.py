@@ -13,20 +13,23 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from deploycc.backends import _torch_profile as profiler
 from deploycc.backends._distance import relative
 from deploycc.backends._settings import float32_only, processor_only
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, Violation
 from deploycc.core.target import Target
+from deploycc.core.timing import OperatorTime
 from deploycc.errors import UnsupportedError
 from deploycc.runtime.machine import cpu_arch, cpu_flags
+from deploycc.runtime.signature import Signature
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +48,7 @@ class TorchScriptBackend:
 
     name: ClassVar[str]
     accepts: ClassVar[frozenset[Form]] = frozenset({Form.MODULE})
+    measured_by: ClassVar[str] = "PyTorch's profiler"
     float_runtime: ClassVar[dict[str, str]] = {}  # what the session does more for a float model
 
     def available(self) -> Availability:
@@ -89,6 +93,21 @@ class TorchScriptBackend:
         """The device's own session."""
         module = importlib.import_module(f"deploycc.runtime.sessions.{SESSION}")
         return module.open(built.folder / built.files[0], built.signature, built.runtime, threads)
+
+    def operators(
+        self,
+        model: Path,
+        signature: Signature,
+        runtime: Mapping[str, str],
+        feeds: Sequence[Mapping[str, np.ndarray]],
+        *,
+        threads: int,
+        runs: int,
+    ) -> list[OperatorTime]:
+        """Of the device's own session."""
+        module = importlib.import_module(f"deploycc.runtime.sessions.{SESSION}")
+        with module.open(model, signature, runtime, threads) as session:
+            return profiler.operators(lambda: session.run(feeds[0]), runs)
 
     def _verify(self, built: Built, artifact: Artifact, target: Target, feeds: dict[str, np.ndarray]) -> None:
         """The file against the module. Raises UnsupportedError."""

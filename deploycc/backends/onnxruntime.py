@@ -7,7 +7,6 @@ has no kernels for Q/DQ in integers. Where there is no GPU, answers are those of
 from __future__ import annotations
 
 import importlib
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -16,15 +15,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from deploycc.backends import _onnxruntime_profile as profiler
 from deploycc.backends._onnxruntime_graph import coverage, kernels
 from deploycc.backends._settings import eight_bits, float32_only
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import Availability, Built, Constraint, Session, Violation
-from deploycc.core.kernels import Kernel
+from deploycc.core.kernels import Kernel, Shapes
 from deploycc.core.target import WIDE_DOT_PRODUCTS, Target, machine
-from deploycc.core.timing import NodeTime
+from deploycc.core.timing import NodeTime, OperatorTime
 from deploycc.runtime import cuda
 from deploycc.runtime.sessions import onnxruntime as session
+from deploycc.runtime.signature import Signature
 
 SESSION = "onnxruntime"
 FOLDED = ("static", "qat")  # Q/DQ around float operators: exact where nothing folds them into integer kernels
@@ -32,7 +33,6 @@ SATURATED = "8-bit products saturate on this CPU and not on the target: the arti
 EXACT = "8-bit products saturate on this CPU and not on the target: answers are judged in exact arithmetic"
 CUDA_PROVIDER = session.PROVIDERS["cuda"]
 NOT_RUN = "not measured: the CUDA provider did not run here; accuracy is that of ONNX Runtime on the CPU, and latency on the GPU is unknown"
-KERNEL = "_kernel_time"  # how the runtime's profiler ends the names of operators
 
 
 class OnnxRuntime:
@@ -41,6 +41,7 @@ class OnnxRuntime:
     name: ClassVar[str] = "onnxruntime"
     accepts: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
     shows: ClassVar[str] = "the runtime's own graph"
+    measured_by: ClassVar[str] = "ONNX Runtime's profiler"
 
     def available(self) -> Availability:
         """Whether the package is installed."""
@@ -94,26 +95,32 @@ class OnnxRuntime:
         module = importlib.import_module(f"deploycc.runtime.sessions.{SESSION}")
         return module.open(built.folder / built.files[0], built.signature, built.runtime, threads)
 
-    def kernels(self, model: Path, runtime: Mapping[str, str]) -> list[Kernel]:
+    def kernels(self, model: Path, runtime: Mapping[str, str], shapes: Shapes | None = None) -> list[Kernel]:
         """From the runtime's optimized graph, before its blocked memory layouts."""
         from deploycc.forms.onnx import read
 
-        return kernels(read(model), model)
+        return kernels(read(model), model, shapes)
 
     def profile(self, built: Built, target: Target, feeds: Sequence[Mapping[str, np.ndarray]], *, runs: int) -> list[NodeTime]:
         """ONNX Runtime's profiler, with the session's settings of a bundle."""
-        import onnxruntime as ort
+        events = profiler.events_of(built.folder / built.files[0], feeds, target.bench.threads, runs)
+        return [
+            NodeTime(*key, float(np.percentile([event["dur"] for event in found], 25)) / 1e3)
+            for key, found in profiler.by_operator(events).items()
+        ]
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = target.bench.threads
-        options.log_severity_level = 3
-        options.enable_profiling = True
-        with tempfile.TemporaryDirectory() as folder:
-            options.profile_file_prefix = str(Path(folder) / "profile")
-            session = ort.InferenceSession(str(built.folder / built.files[0]), options, providers=["CPUExecutionProvider"])
-            for call in range(runs):
-                session.run(None, dict(feeds[call % len(feeds)]))
-            return _node_times(json.loads(Path(session.end_profiling()).read_text()))
+    def operators(
+        self,
+        model: Path,
+        signature: Signature,
+        runtime: Mapping[str, str],
+        feeds: Sequence[Mapping[str, np.ndarray]],
+        *,
+        threads: int,
+        runs: int,
+    ) -> list[OperatorTime]:
+        """The same, with shapes and precision; none of the CUDA provider, whose kernels run beside its clock."""
+        return profiler.operators(model, feeds, threads, runs) if runtime.get("provider", "cpu") == "cpu" else []
 
 
 def _provider(target: Target) -> dict[str, str]:
@@ -144,15 +151,6 @@ def saturates_here(target: Target) -> bool:
     full = target.quant.activations == "uint8" and target.quant.weights == "int8" and not target.quant.reduce_range
     arch, flags = machine()
     return full and arch == "x86_64" and not WIDE_DOT_PRODUCTS & flags
-
-
-def _node_times(events: Sequence[Mapping[str, Any]]) -> list[NodeTime]:
-    """Of a profile's events, in the order of the first call."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith(KERNEL):
-            found.setdefault((event["name"].removesuffix(KERNEL), event["args"]["op_name"]), []).append(event["dur"] / 1e3)
-    return [NodeTime(name, operator, float(np.percentile(times, 25))) for (name, operator), times in found.items()]
 
 
 def opset_known(artifact: Artifact, target: Target) -> list[Violation]:

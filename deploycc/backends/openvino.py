@@ -18,12 +18,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from deploycc.backends import _openvino_graph as graph
+from deploycc.backends import _openvino_profile as profiler
 from deploycc.backends._settings import eight_bits, precision_in_hardware, processor_only
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Availability, Built, Constraint, Session, Violation
-from deploycc.core.kernels import Kernel
+from deploycc.core.kernels import Kernel, Shapes
 from deploycc.core.target import Target
-from deploycc.core.timing import NodeTime
+from deploycc.core.timing import NodeTime, OperatorTime
+from deploycc.runtime.signature import Signature
 
 SESSION = "openvino"
 OLDEST = "2025.0"
@@ -37,6 +39,7 @@ class OpenVino:
     name: ClassVar[str] = "openvino"
     accepts: ClassVar[frozenset[Form]] = frozenset({Form.ONNX})
     shows: ClassVar[str] = "the runtime's own graph"
+    measured_by: ClassVar[str] = "the plug-in's performance counters"
 
     def available(self) -> Availability:
         """Whether the package is installed."""
@@ -76,14 +79,27 @@ class OpenVino:
         module = importlib.import_module(f"deploycc.runtime.sessions.{SESSION}")
         return module.open(built.folder / built.files[0], built.signature, built.runtime, threads)
 
-    def kernels(self, model: Path, runtime: Mapping[str, str]) -> list[Kernel]:
+    def kernels(self, model: Path, runtime: Mapping[str, str], shapes: Shapes | None = None) -> list[Kernel]:
         """From the compiled model."""
-        return graph.kernels(model, runtime.get("precision", "f32"))
+        return graph.kernels(model, runtime.get("precision", "f32"), shapes)
 
     def profile(self, built: Built, target: Target, feeds: Sequence[Mapping[str, np.ndarray]], *, runs: int) -> list[NodeTime]:
         """The plug-in's performance counters."""
         path = built.folder / built.files[0]
         return graph.node_times(path, target.runtime.precision, target.bench.threads, feeds, runs)
+
+    def operators(
+        self,
+        model: Path,
+        signature: Signature,
+        runtime: Mapping[str, str],
+        feeds: Sequence[Mapping[str, np.ndarray]],
+        *,
+        threads: int,
+        runs: int,
+    ) -> list[OperatorTime]:
+        """The same, with shapes and precision."""
+        return profiler.operators(model, runtime.get("precision", "f32"), threads, feeds, runs)
 
 
 def _converted(artifact: Artifact) -> Any:

@@ -19,7 +19,7 @@ from deploycc.backends import _tensorrt_settings as settings
 from deploycc.backends._tensorrt_settings import OLDEST, is_version_8
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, enforce
-from deploycc.core.kernels import Kernel
+from deploycc.core.kernels import Kernel, Shapes
 from deploycc.core.target import Engine, Target
 from deploycc.errors import UnsupportedError
 from deploycc.runtime import cuda
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 SESSION = "tensorrt"
 CHECKED = ("SM86", "SM89")
-INT8 = "Int8xInt8"
+CHECKED_FLOAT8 = ("SM89", "SM120")  # SM86 has none
+INT8, FLOAT8 = "Int8xInt8", "FP8xFP8"
 NOT_RUN = (
     "not measured: TensorRT did not run here; accuracy is that of ONNX Runtime on the CPU, which computes the file as it is written, "
     "and latency on the GPU is unknown"
@@ -81,7 +82,7 @@ class TensorRt:
         enforce(rules.RULES, artifact.evolve(model), target)
         form.write(model, folder)
         files = tuple(sorted(path.name for path in folder.iterdir()))
-        probes = _probes(folder / files[0], recipe, target)
+        probes = _probes(folder / files[0], recipe, target, _codes(artifact.quant))
         installed = session.version()
         return Built(
             folder=folder,
@@ -113,8 +114,8 @@ class TensorRt:
         model = read(path)
         return OnnxSession(emulated(model) if target.runtime.precision == "bf16" else model, built.signature, threads)
 
-    def kernels(self, model: Path, runtime: Mapping[str, str]) -> list[Kernel]:
-        """Layers of the engine that TensorRT-RTX builds for compute capability 8.9; none without it."""
+    def kernels(self, model: Path, runtime: Mapping[str, str], shapes: Shapes | None = None) -> list[Kernel]:
+        """Layers of the engine that TensorRT-RTX builds for compute capability 8.9; none without it. MACs: by the file's shapes."""
         from deploycc.forms.onnx import read
 
         if probing.checker() is None:
@@ -156,11 +157,17 @@ def _written(artifact: Artifact, target: Target, recipe: Recipe) -> tuple[ir.Mod
     return model, (f"float operators are computed in {recipe.precision}", *notes, *([EMULATED] if recipe.precision == "bf16" else []))
 
 
-def _probes(path: Path, recipe: Recipe, target: Target) -> list[probing.Probe]:
+def _codes(quant: QuantInfo | None) -> str:
+    """How TensorRT-RTX's log calls a product of what this quantization makes."""
+    return FLOAT8 if quant is not None and quant.weights == "float8" else INT8
+
+
+def _probes(path: Path, recipe: Recipe, target: Target, codes: str) -> list[probing.Probe]:
     """One build for each checked capability; none where it is not installed or not wanted. Raises UnsupportedError."""
     if probing.checker() is None or not target.engine.check_seconds:
         return []
-    probes = [probing.probe(path, recipe, capability, seconds=target.engine.check_seconds) for capability in CHECKED]
+    capabilities = CHECKED_FLOAT8 if codes == FLOAT8 else CHECKED
+    probes = [probing.probe(path, recipe, capability, seconds=target.engine.check_seconds) for capability in capabilities]
     if refused := probing.refusals(probes):
         raise UnsupportedError(
             f"target '{target.name}': TensorRT-RTX, which checks for TensorRT here, builds no engine of the model: {refused[0]}",
@@ -192,10 +199,11 @@ def _macs(model: ir.Model) -> dict[str, int | None]:
 
 
 def _coverage(artifact: Artifact, probes: Sequence[probing.Probe], precision: str) -> Coverage:
-    """Share of the MACs behind Q/DQ that every build multiplies in integers; without a build, of those behind Q/DQ."""
+    """Share of the MACs behind Q/DQ that every build multiplies in 8 bits; without a build, of those behind Q/DQ."""
     macs, wanted = _macs(artifact.model), {node.name or "" for node in rules.intended(artifact)}
-    shown = {name: next((kind for item in probes if (kind := item.operands_of(name)) != INT8), INT8) for name in wanted}
-    integers = [name for name in macs if shown.get(name) == INT8]
+    codes = _codes(artifact.quant)
+    shown = {name: next((kind for item in probes if (kind := item.operands_of(name)) != codes), codes) for name in wanted}
+    integers = [name for name in macs if shown.get(name) == codes]
     counted = [item for item in macs.values() if item is not None]
     share = None if len(counted) < len(macs) else sum(macs[name] or 0 for name in integers) / sum(counted) if sum(counted) else 0.0
     left = tuple((name, _reason(name, shown, artifact.quant)) for name in macs if name not in integers)

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from deploycc.bench.roofline import Roof
 from deploycc.runtime.doubts import instability
 from deploycc.runtime.statistics import Samples, Summary, percentile, quantile_interval, summarize
 
@@ -100,6 +101,7 @@ class Measurement(Record):
         energy: None where there is no meter.
         stages: ns of each stage of the same queries; empty where pictures were not given.
         served: in scenario server.
+        roof: what it reaches of the machine's peaks; None where that is not known.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Measurement(Record):
     energy: Energy | None = None
     stages: dict[Stage, tuple[int, ...]] = {}
     served: Served | None = None
+    roof: Roof | None = None
 
     @functools.cached_property
     def samples(self) -> Samples:

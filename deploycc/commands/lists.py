@@ -1,4 +1,4 @@
-"""What there is: `targets`, `passes`, `backends`, `sources`, and `doctor`."""
+"""What there is: `targets`, `passes`, `backends`, `sources`, `devices`, and `doctor`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,12 @@ def backends(name: Name = None) -> None:
 def sources(name: Name = None) -> None:
     """Where models and data come from; with a name, its manual."""
     _list_or_manual("list_sources", "source_manual", name)
+
+
+@app.command()
+def devices(name: Name = None) -> None:
+    """Ways to reach a device (`--device`); with a name, its manual."""
+    _list_or_manual("list_devices", "device_manual", name)
 
 
 @app.command()

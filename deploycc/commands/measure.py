@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deploycc.commands._app import DataText, Inputs, Json, RandomWeights, Seed, Weights, app, emit, progress_bar, show
+from deploycc.commands._device import DevicePython, Devices, Keep, Resume, Timeout, on_devices, refuse
+from deploycc.errors import UsageError
 
 if TYPE_CHECKING:
     from deploycc.bench.result import BenchResult
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 ACROSS_HELP = "Compare results of unlike machines too; what differs is printed."
 COLD_STARTS = 3
+MAX_SLOWDOWN = "5%"
 
 
 def _schema(shown: bool) -> None:
@@ -43,45 +46,84 @@ def bench(
     percentile: Annotated[str | None, typer.Option(help="Of the latencies (server; default 99%).")] = None,
     loadgen: Annotated[bool, typer.Option("--loadgen", help="MLPerf's LoadGen issues and times the queries (extra loadgen).")] = False,
     pictures: Annotated[Path | None, typer.Option(help="A picture or a folder: time pre-processing, inference, post-processing.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of every session.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of every session (default: 1; on a device: the target's).")] = None,
     affinity: Annotated[str | None, typer.Option(help='CPUs to run on: "0" or "0,2-3".')] = None,
     allocator: Annotated[str | None, typer.Option(help="What answers malloc: system, jemalloc, tcmalloc or mimalloc.")] = None,
-    min_seconds: Annotated[float, typer.Option(min=0.1, help="Least timed seconds per candidate.")] = 2.0,
-    min_runs: Annotated[int, typer.Option(min=5, help="Least timed calls per candidate.")] = 30,
+    min_seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Least timed seconds per candidate (default: 2; on a device: the target's).")
+    ] = None,
+    min_runs: Annotated[
+        int | None, typer.Option(min=5, help="Least timed calls per candidate (default: 30; on a device: the target's).")
+    ] = None,
     max_width: Annotated[str | None, typer.Option(help="Go on until half of every 95 % interval is under this share: 1%.")] = None,
     max_seconds: Annotated[float | None, typer.Option(min=0.1, help="Stop timing after this (with --max-width: default 120).")] = None,
     cold: Annotated[int, typer.Option(min=0, help="Fresh processes per candidate, for cold starts and memory.")] = COLD_STARTS,
+    roofline: Annotated[bool, typer.Option(help="Show what share of this machine's peaks each candidate reaches.")] = True,
     seed: Seed = 0,
     save: Annotated[Path | None, typer.Option(help="Write the raw samples and the environment as JSON.")] = None,
     against: Annotated[Path | None, typer.Option(help="A saved result: exit 3 where this one is slower.")] = None,
-    max_slowdown: Annotated[str, typer.Option(help="How much slower may be, for sure, before that: 5%.")] = "5%",
+    max_slowdown: Annotated[str, typer.Option(help="How much slower may be, for sure, before that: 5%.")] = MAX_SLOWDOWN,
     across_machines: Annotated[bool, typer.Option("--across-machines", help=ACROSS_HELP)] = False,
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit XML summary.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write a Markdown summary.")] = None,
     schema: Annotated[bool, typer.Option("--schema", callback=_schema, is_eager=True, help="Print the JSON Schema of a result.")] = False,
+    device: Devices = None,
+    keep: Keep = False,
+    resume: Resume = True,
+    timeout: Timeout = None,
+    device_python: DevicePython = None,
     json: Json = False,
 ) -> None:
     """Measure latencies in one interleaved run; the first is the baseline.
 
-    With --targets one model is compiled for each of them, and what shipped is measured, beside eager PyTorch; no bundle is kept. Exit
-    status 3: slower than --against by more than --max-slowdown, beyond doubt.
+    With --targets one model is compiled for each of them, and what shipped is measured, beside eager PyTorch; no bundle is kept.
+    With --device one bundle is copied to each device, checked and measured there, and removed. Exit status 1: a device failed; 3: slower
+    than --against by more than --max-slowdown, beyond doubt.
     """
     from deploycc import render_bench
     from deploycc.bench import comparison, process, summaries
     from deploycc.bench.result import load
     from deploycc.bench.scenario import parse_share
+    from deploycc.errors import UsageError
 
+    refuse(device, keep=keep, no_resume=not resume, timeout=timeout, device_python=device_python)
+    if device:
+        refuse(device, targets=targets, data=data, input=inputs, weights=weights, random_weights=random_weights, seed=seed)
+        refuse(device, scenario=scenario != "single-stream", streams=streams, batch=batch, qps=qps, latency_bound=latency_bound)
+        refuse(device, percentile=percentile, loadgen=loadgen, pictures=pictures, affinity=affinity, allocator=allocator)
+        refuse(device, max_width=max_width, max_seconds=max_seconds, cold=cold != COLD_STARTS, against=against)
+        refuse(device, max_slowdown=max_slowdown != MAX_SLOWDOWN, across_machines=across_machines, junit=junit, markdown=markdown)
+        if len(models) != 1:
+            raise UsageError(
+                f"--device takes one bundle, not {len(models)}", fix="bench one after the other, and compare what --save wrote"
+            )
+        on_devices(
+            Path(models[0]),
+            device,
+            bench=True,
+            keep=keep,
+            resume=resume,
+            timeout=timeout,
+            python=device_python,
+            json=json,
+            save=save,
+            threads=threads,
+            seconds=min_seconds,
+            runs=min_runs,
+        )
     allowed, baseline = parse_share("--max-slowdown", max_slowdown), load(against) if against else None
     if allocator is not None:
         process.ensure_allocator(allocator)
     if affinity is not None:
         process.pin(affinity)
-    settings = _settings(threads, min_seconds, min_runs, max_width, max_seconds)
+    settings = _settings(threads or 1, min_seconds or 2.0, min_runs or 30, max_width, max_seconds)
     queries = _scenario(scenario, streams, batch, qps, latency_bound, percentile)
     if targets is not None:
         result = _shoot_out(models, targets, data, inputs, weights, random_weights, settings, queries, loadgen, pictures, seed, json)
     else:
         result = _bench(models, data, inputs, weights, random_weights, settings, queries, loadgen, pictures, seed, cold)
+        if roofline:
+            result = _with_roofs(result, inputs, weights, random_weights)
         if json:
             emit(result.model_dump(mode="json"))
         else:
@@ -160,6 +202,19 @@ def _bench(
         return bench_all(request, progress)
 
 
+def _with_roofs(result: BenchResult, inputs: list[str] | None, weights: Path | None, random_weights: bool) -> BenchResult:
+    """Shares of the peaks; where these cannot be measured, that is said, and the result stays as it is."""
+    from deploycc import profiling
+    from deploycc.errors import BenchError
+    from deploycc.planning import parse_shapes
+
+    try:
+        return profiling.with_roofs(result, inputs=parse_shapes(inputs or []), weights=weights, random_weights=random_weights)
+    except BenchError as error:
+        print(f"note: {error.what}", file=sys.stderr)
+        return result
+
+
 def _shoot_out(
     models: list[str],
     targets: str,
@@ -177,7 +232,6 @@ def _shoot_out(
     """One model compiled for several targets, and what shipped."""
     from deploycc import contest, render_contest
     from deploycc.bench.scenario import Scenario
-    from deploycc.errors import UsageError
     from deploycc.planning import Options, parse_shapes
 
     if len(models) != 1:

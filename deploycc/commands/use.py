@@ -1,4 +1,4 @@
-"""What is done with a bundle or a model: `run`, `verify`, `debug`, `inspect`."""
+"""What is done with a bundle or a model: `run`, `debug`, `inspect`."""
 
 from __future__ import annotations
 
@@ -26,19 +26,6 @@ def run(
         emit(found)
     else:
         show(render.prediction(found))
-
-
-@app.command()
-def verify(bundle: Path, json: Json = False) -> None:
-    """Check a bundle: hashes, this machine, golden outputs."""
-    from deploycc import tools
-
-    found = tools.verify(bundle)
-    if json:
-        emit(found)
-        return
-    for line in found["checks"]:
-        show(f"ok  {line}")
 
 
 @app.command()
@@ -72,14 +59,22 @@ def inspect(
     weights: Weights = None,
     random_weights: RandomWeights = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="Every kernel of the runtime's own graph, with its precision.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Run it: time, MACs, bytes and share of this machine's peaks, operator by operator.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Of the session that is profiled.")] = 1,
     json: Json = False,
 ) -> None:
-    """Signature, operators, the precision that the runtime computes in, MACs and bytes."""
-    from deploycc import render_graph, tools
+    """Signature, operators, the precision that the runtime computes in, MACs and bytes; with --profile, where the time goes."""
+    from deploycc import profiling, render_graph, render_profile, tools
     from deploycc.planning import parse_shapes
 
-    found = tools.inspect(thing, inputs=parse_shapes(inputs or []), weights=weights, random_weights=random_weights)
+    shapes = parse_shapes(inputs or [])
+    found = tools.inspect(thing, inputs=shapes, weights=weights, random_weights=random_weights)
+    timed = profiling.profile(thing, inputs=shapes, weights=weights, random_weights=random_weights, threads=threads) if profile else None
     if json:
-        emit(found)
-    else:
-        show(render_graph.inspection(found, every=kernels))
+        emit(found | {"profile": None if timed is None else profiling.plain(timed)})
+        return
+    show(render_graph.inspection(found, every=kernels))
+    if timed is not None:
+        show(render_profile.profile(timed, every=kernels))

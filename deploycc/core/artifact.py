@@ -10,8 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from deploycc.runtime.audio import AnyTransform
 from deploycc.runtime.signature import Feeds, Outputs, Signature, TensorSpec
-from deploycc.runtime.transform import Transform
 
 __all__ = [
     "Artifact",
@@ -138,7 +138,7 @@ class Artifact:
     model: Any
     signature: Signature
     source: str
-    transform: Transform | None = None
+    transform: AnyTransform | None = None
     quant: QuantInfo | None = None
     history: tuple[Receipt, ...] = ()
     notices: tuple[str, ...] = ()

@@ -17,8 +17,8 @@ import numpy as np
 from deploycc.core.artifact import Artifact, Form, ModelStats, Receipt, Signature
 from deploycc.core.timing import NodeTime
 from deploycc.errors import DeployError, PassError, PostconditionError, PreconditionError
+from deploycc.runtime.audio import AnyTransform
 from deploycc.runtime.sessions import Session
-from deploycc.runtime.transform import Transform
 
 if TYPE_CHECKING:
     from deploycc.core.data import Data
@@ -298,12 +298,15 @@ class Coverage:
         int8_operators: heavy operators (convolution, matrix product) in integer kernels.
         float_operators: (operator, reason) for each heavy operator left in float.
         conversions: QuantizeLinear and DequantizeLinear that no kernel took in.
+        outside: kinds of the operators that the delegate did not take and the runtime's own slow kernels compute, one by one; None where
+            the runtime has no delegate.
     """
 
     int8_macs: float | None
     int8_operators: int
     float_operators: tuple[tuple[str, str], ...]
     conversions: int = 0
+    outside: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,14 +412,17 @@ class Sample:
     """One item of a data set.
 
     Attributes:
-        value: an image (uint8 array H×W×3, RGB, or H×W×4 with alpha) for the transform, or arrays by input name without batch axis.
+        value: an image (uint8 array H×W×3, RGB, or H×W×4 with alpha) or a recording (float or int16, samples or samples×channels) for the
+            transform, or arrays by input name without batch axis.
         label: accepted class indices (a prediction is right when it is one of them), or an array for regression, or None.
         id: what to call it in a message (a file's path, an index).
+        rate: samples a second of a recording; None: what the transform declares.
     """
 
     value: np.ndarray | Mapping[str, np.ndarray]
     label: tuple[int, ...] | np.ndarray | None
     id: str
+    rate: int | None = None
 
 
 class Split(Protocol):
@@ -450,8 +456,8 @@ class Dataset:
     name: str
     splits: Mapping[str, Split]
     classes: tuple[str, ...] | None = None
-    transform: Transform | None = None
-    fallback: Transform | None = None
+    transform: AnyTransform | None = None
+    fallback: AnyTransform | None = None
 
 
 @runtime_checkable

@@ -18,6 +18,7 @@ import numpy as np
 from deploycc.core.artifact import Artifact, Signature, TensorSpec
 from deploycc.core.contract import Dataset, Sample, Split
 from deploycc.errors import DataError, DataNeeded
+from deploycc.runtime.audio import AudioTransform
 
 CALIBRATION_SAMPLES = 256
 CALIBRATION_SHARE = 4  # one in four items of an unsplit data set calibrates
@@ -227,7 +228,7 @@ def _stacked(rows: Sequence[np.ndarray], spec: TensorSpec) -> np.ndarray:
 def to_feeds(sample: Sample, artifact: Artifact) -> dict[str, np.ndarray]:
     """One sample as arrays by input name, without batch axis. Raises DataError, naming the sample, when it cannot fit."""
     specs = artifact.signature.inputs
-    arrays = _image_arrays(sample.value, sample.id, artifact) if isinstance(sample.value, np.ndarray) else dict(sample.value)
+    arrays = _transformed(sample.value, sample, artifact) if isinstance(sample.value, np.ndarray) else dict(sample.value)
     if len(arrays) == 1 and len(specs) == 1:  # one array for one input: its name does not matter
         arrays = {specs[0].name: next(iter(arrays.values()))}
     names = [spec.name for spec in specs]
@@ -239,17 +240,21 @@ def to_feeds(sample: Sample, artifact: Artifact) -> dict[str, np.ndarray]:
     return {spec.name: _fitted(arrays[spec.name], spec, sample.id, batch_size(artifact.signature)) for spec in specs}
 
 
-def _image_arrays(image: np.ndarray, where: str, artifact: Artifact) -> dict[str, np.ndarray]:
-    first = artifact.signature.inputs[0]
+def _transformed(value: np.ndarray, sample: Sample, artifact: Artifact) -> dict[str, np.ndarray]:
+    """A picture or recording through the declared transform."""
+    first, where = artifact.signature.inputs[0], sample.id
+    what = "a recording" if sample.rate else "an image"
     if len(artifact.signature.inputs) != 1:
         names = ", ".join(spec.name for spec in artifact.signature.inputs)
-        raise DataError(f"{where} is an image, but the model has the inputs {names}", fix="give data as .npz arrays by input name")
+        raise DataError(f"{where} is {what}, but the model has the inputs {names}", fix="give data as .npz arrays by input name")
+    if isinstance(artifact.transform, AudioTransform):
+        return {first.name: artifact.transform.apply(value, sample.rate)}
     if artifact.transform is not None:
-        return {first.name: artifact.transform.apply(image)}
-    if first.dtype == "uint8" and first.accepts_sample(image.shape):
-        return {first.name: image}
+        return {first.name: artifact.transform.apply(value)}
+    if first.dtype == "uint8" and first.accepts_sample(value.shape):
+        return {first.name: value}
     raise DataError(
-        f"{where} is an image, but nothing says how it becomes the model's input {first}",
+        f"{where} is {what}, but nothing says how it becomes the model's input {first}",
         fix="give data as .npz arrays, or declare a transform: transform.json in the data folder, or TRANSFORM beside the model's factory",
     )
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
+Shapes = Mapping[str, tuple[int, ...]]
+Precision = Literal["int8", "bf16", "f16", "float", "conversion"]
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
@@ -21,7 +24,7 @@ class Kernel:
 
     name: str
     operator: str
-    precision: Literal["int8", "bf16", "f16", "float", "conversion"]
+    precision: Precision
     macs: int | None
 
 
@@ -35,6 +38,6 @@ class Maps(Protocol):
 
     shows: ClassVar[str]
 
-    def kernels(self, model: Path, runtime: Mapping[str, str]) -> Sequence[Kernel]:
-        """Of a file that it built and the manifest's table of the runtime, in the graph's order."""
+    def kernels(self, model: Path, runtime: Mapping[str, str], shapes: Shapes | None = None) -> Sequence[Kernel]:
+        """Of a file that it built and the manifest's table of the runtime, in the graph's order; `shapes` of inputs fill named axes."""
         ...

@@ -19,7 +19,7 @@ from deploycc.core.registry import FORMS, PASSES, suggest
 from deploycc.core.spec import Spec, format_spec, instantiate, parse_specs
 from deploycc.core.store import Store
 from deploycc.errors import DeployError, NothingToDo, PassError, UnknownName, UsageError
-from deploycc.runtime.transform import Transform
+from deploycc.runtime.audio import declared
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +319,7 @@ def _from_store(store: Store, key: str, before: Artifact, context: Context) -> A
         details=facts["details"],
         form=Form(facts["form"]),
         signature=Signature.from_json(facts["signature"]),
-        transform=Transform.from_json(facts["transform"]) if facts["transform"] else None,
+        transform=declared(facts["transform"]) if facts["transform"] else None,
         quant=QuantInfo(**quant) if quant else None,
         notices=tuple(facts["notices"]),
         notes=tuple(facts["notes"]),

@@ -13,14 +13,18 @@ from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
+from deploycc.core.artifact import Form
 from deploycc.core.registry import BACKENDS, PASSES, suggest
 from deploycc.core.spec import parse_specs
 from deploycc.errors import DeployError, TargetError, UnknownName
+from deploycc.runtime.host import version_numbers
 
 # x86 extensions whose u8×s8 dot product accumulates in int32. Without one, VPMADDUBSW adds pairs in int16 and saturates:
 # 2 · 255 · 127 = 64770 > 32767. Seven-bit weights are safe: 2 · 255 · 63 = 32130.
 WIDE_DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 ARCHES = ("x86_64", "aarch64", "any")
+FLOAT8 = "float8"
+FLOAT8_CAPABILITY = (8, 9)
 
 
 class _Table(BaseModel):
@@ -34,6 +38,11 @@ class Hardware(_Table):
     """Facts about the device; `requires` is what the loader refuses to run without."""
 
     cores: int | None = Field(default=None, ge=1, description="cores of the device")
+    cpu: tuple[str, ...] = Field(default=(), strict=False, description="its cores as compilers and QEMU call them, fastest first")
+    isa: str | None = Field(default=None, description="instruction set that all its cores have")
+    l1d_kb: int | None = Field(default=None, ge=1, description="first-level data cache of one core")
+    l2_kb: int | None = Field(default=None, ge=1, description="second-level cache, of one core or of all (docs)")
+    l3_kb: int | None = Field(default=None, ge=1, description="third-level cache of all cores")
     requires: tuple[str, ...] = Field(default=(), strict=False, description="CPU flags the loader refuses to run without")
     lacks: tuple[str, ...] = Field(default=(), strict=False, description="CPU flags a build must not assume")
     memory_mb: int | None = Field(default=None, ge=1, description="memory of the device in MB")
@@ -46,10 +55,22 @@ class Runtime(_Table):
     """What the device's runtime can load."""
 
     minimum: str | None = Field(default=None, description="oldest version of the runtime's package that may load the artifact")
+    below: str | None = Field(default=None, description="first version of the runtime's package that may not load the artifact")
+    reason: str = Field(default="", description="why no newer one")
     opset: int = Field(default=20, ge=13, le=24, description="ONNX opset of the artifact")
     ir_version: int = Field(default=10, ge=7, le=12, description="newest ONNX IR version the runtime reads")
     precision: Literal["f32", "bf16", "f16"] = Field(default="f32", description="what float operators are computed in")
     provider: Literal["cpu", "cuda"] = Field(default="cpu", description="which execution provider of ONNX Runtime computes")
+
+    @model_validator(mode="after")
+    def _a_range(self) -> Self:
+        if self.below is None:
+            return self
+        if not self.reason:
+            raise ValueError(f"below = {self.below} says nothing without its reason; write reason")
+        if self.minimum is not None and version_numbers(self.minimum) >= version_numbers(self.below):
+            raise ValueError(f"no version is at least {self.minimum} and below {self.below}")
+        return self
 
 
 class Engine(_Table):
@@ -75,14 +96,14 @@ class Engine(_Table):
 class Quant(_Table):
     """What the runtime's kernels are good at on this hardware."""
 
-    activations: Literal["uint8", "int8", "int16", "none"] = "uint8"
+    activations: Literal["uint8", "int8", "int16", "float8", "none"] = "uint8"
     activation_symmetric: bool = False
-    weights: Literal["int8", "uint8"] = "int8"
+    weights: Literal["int8", "uint8", "float8"] = "int8"
     per_channel: bool = True
     reduce_range: bool = False
     channel_multiple: int = Field(default=1, ge=1, description="what channel pruning rounds to")
     calibration: Literal["minmax", "moving-average", "percentile", "mse", "entropy", "octav", "output-mse"] = "minmax"
-    placement: Literal["onnxruntime", "openvino", "tensorrt"] = Field(
+    placement: Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-float8"] = Field(
         default="onnxruntime", description="whose rules say what is quantized"
     )
     sparsity: Literal["none", "2:4", "unstructured"] = Field(default="none", description="zeros in weights that a kernel skips")
@@ -98,6 +119,7 @@ class Limits(_Table):
     latency_p95_ms: float | None = Field(default=None, gt=0)
     model_mb: float | None = Field(default=None, gt=0)
     peak_mb: float | None = Field(default=None, gt=0)
+    outside_delegate: int | None = Field(default=None, ge=0, description="most operators that may run outside the runtime's delegate")
 
 
 class Bench(_Table):
@@ -120,7 +142,10 @@ class Target(_Table):
     backend: str
     arch: Literal["x86_64", "aarch64", "any"]
     pipeline: str
-    docs: str = ""
+    docs: str = Field(default="", description="facts of the device and its runtime, in words")
+    notices: tuple[str, ...] = Field(
+        default=(), strict=False, description="what must be said wherever a number of one of its bundles is shown"
+    )
     auto: int = Field(default=0, ge=0, description="preference of `--target auto` among the targets that fit the machine; 0 = never")
     hardware: Hardware = Hardware()
     runtime: Runtime = Runtime()
@@ -154,6 +179,15 @@ class Target(_Table):
         if quant.placement == "tensorrt" and not (quant.activations == quant.weights == "int8" and quant.activation_symmetric):
             raise ValueError(
                 "quant: placement = tensorrt takes symmetric int8 only; set activations = weights = 'int8' and activation_symmetric = true"
+            )
+        if (quant.placement == "tensorrt-float8") != (quant.activations == FLOAT8) or (quant.activations == FLOAT8) != (
+            quant.weights == FLOAT8
+        ):
+            raise ValueError("quant: float8 is for both: set activations = weights = 'float8' and placement = 'tensorrt-float8'")
+        if quant.weights == FLOAT8 and tuple(map(int, (hardware.compute_capability or "0.0").split("."))) < FLOAT8_CAPABILITY:
+            raise ValueError(
+                f"quant: float8 needs compute capability {'.'.join(map(str, FLOAT8_CAPABILITY))} (Ada, Hopper and later), and "
+                f"[hardware] compute_capability is {hardware.compute_capability or 'not said'}; raise it, or use int8"
             )
         if hardware.cores is not None and self.bench.threads > hardware.cores:
             raise ValueError(f"bench: {self.bench.threads} threads on a device with {hardware.cores} cores")
@@ -292,6 +326,12 @@ def misfit(target: Target) -> str | None:
             return reason
     backend = BACKENDS.get(target.backend)
     return backend.absent(target) if isinstance(backend, Substitutes) else None
+
+
+def neighbours(target: Target, form: Form) -> tuple[str, ...]:
+    """Names of the targets for the architecture of `target` whose backend takes models of `form`, sorted."""
+    fitting = (other for other in map(load, names()) if other.arch == target.arch)
+    return tuple(other.name for other in fitting if form in BACKENDS.get(other.backend).accepts)
 
 
 def automatic() -> Target:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,3 +80,50 @@ def _integer_formulas() -> dict[Any, Any]:
     formulas = {getattr(quantized, name): conv for name in CONVOLUTIONS}
     formulas |= {getattr(quantized, name): transposed for name in TRANSPOSED}
     return formulas | {getattr(quantized, name): product for name in PRODUCTS}
+
+
+@dataclass(frozen=True, slots=True)
+class HeavyCall:
+    """One convolution or product as it was dispatched.
+
+    Attributes:
+        operator: such as "quantized.conv2d".
+        macs: of this call.
+        bytes: of its operands and its result, packed weights included.
+    """
+
+    operator: str
+    macs: int
+    bytes: int
+
+
+def heavy_calls(run: Callable[[], object]) -> list[HeavyCall]:
+    """Every convolution and product that `run` makes PyTorch compute, in order."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+    formulas: dict[Any, Any] = {**flop_registry, **{operator: shape_wrapper(found) for operator, found in _integer_formulas().items()}}
+    found: list[HeavyCall] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            formula = formulas.get(func._overloadpacket)
+            if formula is None:
+                with self:
+                    inside = func.decompose(*args, **(kwargs or {}))  # as torch's counter does: conv2d is made of convolution
+                if inside is not NotImplemented:
+                    return inside
+            result = func(*args, **(kwargs or {}))
+            if formula is not None:
+                given = tree_leaves((args, kwargs, result))
+                tensors = [value for value in given if isinstance(value, torch.Tensor)]
+                tensors += [value.unpack()[0] for value in given if hasattr(value, "unpack")]
+                moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+                found.append(HeavyCall(str(func._overloadpacket), formula(*args, **(kwargs or {}), out_val=result) // 2, moved))
+            return result
+
+    with Recorder():
+        run()
+    return found

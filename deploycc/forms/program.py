@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from deploycc.core.artifact import Artifact, ModelStats
 from deploycc.errors import SourceError
-from deploycc.forms._pt2 import screen
+from deploycc.forms._pt2 import MODEL, screen
 from deploycc.forms.module import ModuleForm, ModuleSession
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 FILE = "model.pt2"
+QUANTIZED = b"quantized_decomposed"
 
 
 class ProgramForm:
@@ -83,6 +86,7 @@ def read(path: Path) -> ExportedProgram:
     except RuntimeError as error:  # PyTorch's reader: not a zip file, or its end is missing
         reason = str(error).split(". ")[0]
         raise SourceError(f"{path} is truncated or not a .pt2 file: {reason}", fix="download or export it again") from error
+    _register_operators(path)
     try:
         return load_pt2(str(path)).exported_programs["model"]
     except Exception as error:
@@ -90,3 +94,17 @@ def read(path: Path) -> ExportedProgram:
             f"PyTorch {torch.__version__} cannot load {path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             fix="export it again with this version of PyTorch; what it was written with is in the error above",
         ) from error
+
+
+def _register_operators(path: Path) -> None:
+    """Those of PT2E's Q and DQ, which torchao brings. Raises SourceError where a file needs them and it is not installed."""
+    import torch
+
+    if QUANTIZED not in torch._C.PyTorchFileReader(str(path)).get_record(MODEL):
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
+    except ImportError as error:
+        raise SourceError(f"{path} is quantized by PT2E, and torchao is not installed", fix="pip install 'torchao>=0.18'") from error

@@ -9,14 +9,12 @@ roundings fall to the other side now and then; integer kernels against float emu
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from deploycc import __version__
 from deploycc.core.artifact import QuantInfo
 from deploycc.core.store import file_digest
 from deploycc.errors import StoreError
+from deploycc.package.archive import add_file, member, write_archive, writing
 from deploycc.package.manifest import Contents, FileEntry, Manifest, describe
 from deploycc.package.race import Race
 from deploycc.package.report import fragment, render, subjects_of
@@ -101,7 +100,7 @@ def _written(out: Path, fill: Callable[[Path], Manifest], *, zipped: bool) -> Bu
     """What `fill` writes into a folder, put at `out` when all of it is there."""
     out = out.resolve()  # a symbolic link stays one: what it points to is replaced
     check_destination(out)
-    with _writing(out):
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
         try:
@@ -116,28 +115,8 @@ def _written(out: Path, fill: Callable[[Path], Manifest], *, zipped: bool) -> Bu
 
 def zip_bundle(bundle: Bundle, path: Path) -> Path:
     """Write the whole bundle as one .zip: the same bytes for the same files. Raises StoreError."""
-    files = sorted(item for item in bundle.folder.rglob("*") if item.is_file())
-    with _writing(path):
-        work = path.with_name(f".{path.name}.writing")
-        try:
-            with zipfile.ZipFile(work, "w", zipfile.ZIP_DEFLATED) as archive:
-                for file in files:
-                    _add_file(archive, f"{bundle.folder.name}/{file.relative_to(bundle.folder).as_posix()}", file)
-            work.replace(path)
-        finally:
-            work.unlink(missing_ok=True)
+    write_archive(bundle.folder, path, "zip", bundle.folder.name)
     return path
-
-
-@contextmanager
-def _writing(path: Path) -> Generator[None]:
-    """Errors of the file system as StoreError."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fix = "free some space, or give -o a folder on another disk" if full else "give -o a folder that you may write to"
-        raise StoreError(f"cannot write {path}: {error.strerror or error}", fix=fix) from error
 
 
 def _fill(work: Path, contents: Contents) -> Manifest:
@@ -225,23 +204,9 @@ def write_runner(path: Path) -> None:
     """Write runner.pyz: errors, runtime/ and a __main__; the same bytes for the same code."""
     files = [PACKAGE / "errors.py", *sorted((PACKAGE / "runtime").rglob("*.py"))]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(_member("__main__.py"), MAIN)
+        archive.writestr(member("__main__.py"), MAIN)
         archive.writestr(
-            _member("deploycc/__init__.py"), f'"""The part of deploycc that runs a bundle."""\n\n__version__ = "{__version__}"\n'
+            member("deploycc/__init__.py"), f'"""The part of deploycc that runs a bundle."""\n\n__version__ = "{__version__}"\n'
         )
         for file in files:
-            _add_file(archive, f"deploycc/{file.relative_to(PACKAGE).as_posix()}", file)
-
-
-def _add_file(archive: zipfile.ZipFile, name: str, file: Path) -> None:
-    with file.open("rb") as source, archive.open(_member(name), "w", force_zip64=True) as target:
-        shutil.copyfileobj(source, target, 1 << 20)
-
-
-def _member(name: str) -> zipfile.ZipInfo:
-    """A member without the file's date and owner."""
-    member = zipfile.ZipInfo(name)  # without a date of its own it is always 1980-01-01
-    member.compress_type = zipfile.ZIP_DEFLATED
-    member.external_attr = 0o644 << 16
-    member.create_system = 3  # Unix, wherever it is written
-    return member
+            add_file(archive, f"deploycc/{file.relative_to(PACKAGE).as_posix()}", file)

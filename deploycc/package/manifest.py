@@ -37,7 +37,7 @@ class _Record(BaseModel):
 
 
 class FileEntry(_Record):
-    """A file of the bundle. Roles: model, model-data, golden, transform, checkpoint, runner, report."""
+    """A file of the bundle. Roles: model, model-data, golden, transform, checkpoint, runner, report, sbom."""
 
     path: str
     role: str
@@ -158,7 +158,7 @@ class Manifest(_Record):
         source: the text the user named the model by.
         seed: of every random choice.
         target: name and resolved facts: backend, arch, requires (CPU flags), quant, limits, bench settings …
-        runtime: session, package, version, minimum, engine.
+        runtime: session, package, version, minimum, below, reason, engine.
         signature: what the model takes and gives.
         decision: what was shipped, and why.
         notices: what must be said wherever a number of this model is shown.
@@ -274,10 +274,10 @@ def describe(contents: Contents) -> Manifest:
         source=contents.artifact.source,
         seed=contents.seed,
         target=_target_facts(contents.target),
-        runtime=dict(contents.built.runtime),
+        runtime={**contents.built.runtime, **_newest(contents.target)},
         signature=contents.built.signature.to_json(),
         decision=contents.decision,
-        notices=contents.artifact.notices,
+        notices=(*contents.artifact.notices, *contents.target.notices),
         shipped=contents.shipped,
         others=tuple(contents.others),
         limits=tuple(check for check in contents.limits if check.name not in TIMED_LIMITS),
@@ -293,9 +293,15 @@ def describe(contents: Contents) -> Manifest:
     )
 
 
+def _newest(target: Target) -> dict[str, str]:
+    """The first version of the runtime's package that a loader refuses, and why; nothing where the target names none."""
+    runtime = target.runtime
+    return {} if runtime.below is None else {"below": runtime.below, "reason": runtime.reason}
+
+
 def _target_facts(target: Target) -> dict[str, Any]:
     """The target as resolved; what a loader checks comes first."""
-    facts = target.model_dump(mode="json", exclude={"auto", "docs"})
+    facts = target.model_dump(mode="json", exclude={"auto", "docs", "notices"})
     return {"name": facts.pop("name"), "arch": facts.pop("arch"), "requires": facts["hardware"]["requires"], **facts}
 
 

@@ -8,6 +8,7 @@ docstrings are the rules, and `deploycc passes quantize-static` prints them.
 from __future__ import annotations
 
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
@@ -49,6 +50,7 @@ class Dialect:
         splits_gates: HardSwish and HardSigmoid are written as an Add and a Mul (`_gates`).
         own_dequantize: a float Conv or Gemm behind integers needs a DQ of its own, with its scale repeated for every channel.
         holds_pairs: two neighbouring input channels meet in one product, in the weights' own order (`_held_pairs`).
+        pairs_within_taps: with an odd number of channels, the last of a tap meets none; else the first of the next tap, as `_madd` has it.
     """
 
     light: frozenset[str] = frozenset()
@@ -57,6 +59,7 @@ class Dialect:
     splits_gates: ClassVar[bool] = False
     own_dequantize: ClassVar[bool] = False
     holds_pairs: ClassVar[bool] = False
+    pairs_within_taps: ClassVar[bool] = False
 
     def __init__(self, quant: Quant) -> None:
         self.quant = quant
@@ -154,9 +157,16 @@ class OnnxRuntime(Dialect):
 
 
 class OpenVino(Dialect):
-    """OpenVINO's CPU plug-in (2024 and later)."""
+    """OpenVINO's CPU plug-in (2024 and later).
+
+    On CPUs without VNNI oneDNN's kernels add pairs of products in int16, as ONNX Runtime's do (`_madd`), int8 activations too, which it
+    shifts to uint8. Seen bit by bit in 2026.4 held to AVX2 and to AVX-512 without VNNI: Conv, grouped and depthwise, MatMul; and all of
+    EfficientNet-Lite0 with pairs held answers the same bits there as on VNNI.
+    """
 
     light = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "Concat"})
+    holds_pairs = True
+    pairs_within_taps = True
     float_only: ClassVar[Mapping[str, str]] = {
         "ConvTranspose": "deploycc does not quantize it for OpenVINO",
         **RECURRENT,
@@ -227,7 +237,36 @@ class TensorRt(Dialect):
         return False
 
 
-DIALECTS: Mapping[str, type[Dialect]] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino, "tensorrt": TensorRt}
+class TensorRtFloat8(TensorRt):
+    """TensorRT's explicit quantization in float8 (10.12 and later)."""
+
+    largest_kernel: ClassVar[int] = 32
+
+    def obstacle(self, node: ir.Node) -> str | None:
+        """As in int8, and left in float besides: convolutions of 16 channels or fewer, grouped ones, and kernels over 32 places.
+
+        Source: the rules of NVIDIA's Model Optimizer 0.47, which leave out what TensorRT has no float8 kernel for.
+        """
+        if (reason := super().obstacle(node)) is not None or node.op_type != "Conv":
+            return reason
+        weight = node.inputs[1]
+        assert weight is not None  # an obstacle otherwise
+        assert weight.const_value is not None  # likewise
+        out, channels, *kernel = weight.const_value.numpy().shape
+        if node.attributes.get_int("group", 1) > 1:
+            return "grouped: no float8 kernel"
+        if min(out, channels) <= self.least_channels:
+            return f"{min(out, channels)} channels: no float8 kernel up to {self.least_channels}"
+        area = math.prod(kernel)
+        return f"a kernel over {area} places: no float8 kernel over {self.largest_kernel}" if area > self.largest_kernel else None
+
+
+DIALECTS: Mapping[str, type[Dialect]] = {
+    "onnxruntime": OnnxRuntime,
+    "openvino": OpenVino,
+    "tensorrt": TensorRt,
+    "tensorrt-float8": TensorRtFloat8,
+}
 
 
 RULES = ("obstacle", "joins", "after", "centred", "rounds")

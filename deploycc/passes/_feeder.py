@@ -22,6 +22,7 @@ from deploycc.core.artifact import Artifact, TensorSpec
 from deploycc.core.contract import Context, Sample
 from deploycc.core.data import Part, check_labels, to_feeds
 from deploycc.errors import DataError, PreconditionError
+from deploycc.runtime.transform import Transform
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +135,7 @@ class Feeder:
         """Whether samples are pictures that are larger than the model's input."""
         value = part.split[index].value
         transform = self.artifact.transform
-        if not isinstance(value, np.ndarray) or transform is None or transform.size is None:
+        if not isinstance(value, np.ndarray) or not isinstance(transform, Transform) or transform.size is None:
             return False
         larger = min(value.shape[0] / transform.size[0], value.shape[1] / transform.size[1]) >= LARGER
         return larger or self.teacher is not None
@@ -215,7 +216,7 @@ def _random_part(picture: np.ndarray, rng: random.Random) -> np.ndarray:
 def _whole(artifact: Artifact) -> Artifact:
     """With a transform that resizes all of a picture to the input."""
     transform = artifact.transform
-    assert transform is not None and transform.size is not None  # noqa: PT018  (looked at in _crops_pictures)
+    assert isinstance(transform, Transform) and transform.size is not None  # noqa: PT018  (looked at in _crops_pictures)
     return replace(artifact, transform=replace(transform, resize=transform.size, crop=None))
 
 

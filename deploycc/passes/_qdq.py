@@ -30,6 +30,7 @@ FEW_CHANNELS = 4  # a kernel over at most so many input channels sees much the s
 JUDGED_WEIGHTS = 2048  # of a channel, when its scale is chosen: enough for a mean error, and a large layer stays quick
 REQUANTIZED = frozenset({"Conv", "ConvTranspose", "Gemm"})  # ONNX Runtime quantizes their float weights behind a DQ of one scale
 CLIP_SHARES = np.linspace(1.0, 0.6, 41)
+FLOAT8 = "float8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,15 @@ class Scale:
     scale: np.float32
     zero_point: np.ndarray  # scalar of the activation's dtype
     before: np.float32 | None = None  # what is quantized has another scale than what is read (`_gates`)
+
+
+def dtype_of(kind: str) -> np.dtype[Any]:
+    """The arrays' type that a target calls `kind`; float8 is e4m3, without infinities."""
+    if kind != FLOAT8:
+        return np.dtype(kind)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 def activation_scale(low: float, high: float, quant: Quant) -> Scale:
@@ -63,7 +73,7 @@ def gate_scale(alpha: float, quant: Quant) -> Scale:
     return Scale(np.float32(step), np.array(limits.min, limits.dtype), before=np.float32(step / alpha))
 
 
-def weight_scales(weight: np.ndarray, axis: int | None, most: int, *, clip: bool) -> np.ndarray:
+def weight_scales(weight: np.ndarray, axis: int | None, most: float, *, clip: bool) -> np.ndarray:
     """One scale per channel of `axis` (a single one for None): max |w| / most; with `clip` the share of it with least squared error."""
     rows = weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
     peak = np.abs(rows).max(axis=1)
@@ -88,6 +98,7 @@ class How:
     keep_sums: bool
     correct_bias: bool
     hold_pairs: bool = False
+    pairs_within_taps: bool = False
 
 
 Codes = tuple[np.ndarray, np.ndarray]  # scales, and whole numbers
@@ -269,7 +280,7 @@ class Writer:
             raise ValueError(f"{weight.name} is not constant")
         array = weight.const_value.numpy()
         channels = array.shape[axis]
-        holds = self.how.hold_pairs and _may_hold(node, array.shape, self.quant)
+        holds = self.how.hold_pairs and _may_hold(node, array.shape, self.quant, within_taps=self.how.pairs_within_taps)
         same = (node.name, weight.name, holds, self.quant.reduce_range, x_scale if bias is not None else None)
         if same not in self._known:
             self._known[same] = self._codes(node, array, axis, bias, x_scale, holds=holds)
@@ -278,7 +289,7 @@ class Writer:
         spread = scales.reshape(
             [-1 if index == axis else 1 for index in range(array.ndim)] if len(scales) == channels else [1] * array.ndim
         )
-        kind = np.dtype(self.quant.weights)
+        kind = dtype_of(self.quant.weights)
         zero = 128 if kind.kind == "u" else 0
         stem = f"{weight.name}_{len(self._weights)}" if key in self._weights else f"{weight.name}"
         per_channel = len(scales) > 1
@@ -360,15 +371,16 @@ def _group(node: ir.Node) -> int:
     return node.attributes["group"].as_int() if "group" in node.attributes else 1
 
 
-def _may_hold(node: ir.Node, shape: tuple[int, ...], quant: Quant) -> bool:
+def _may_hold(node: ir.Node, shape: tuple[int, ...], quant: Quant, *, within_taps: bool) -> bool:
     """Whether codes may be as large as 127 though u8×s8 pairs saturate: held in pairs, or, depthwise, in a kernel that widens.
 
-    Kernels over few channels keep the sums of their taps instead, in seven bits.
+    Kernels over few channels keep the sums of their taps instead, in seven bits. So do those over an odd number of channels where pairs
+    end with a tap: `_held_pairs` knows the other order.
     """
     if not (quant.reduce_range and quant.per_channel and quant.weights == "int8" and quant.activations == "uint8"):
         return False
     depthwise = node.op_type == "Conv" and shape[1] == 1 and shape[0] == _group(node)
-    return depthwise or len(shape) == 2 or shape[1] > FEW_CHANNELS
+    return depthwise or len(shape) == 2 or (shape[1] > FEW_CHANNELS and not (within_taps and shape[1] % 2))
 
 
 def _channel_axis(node: ir.Node) -> int:

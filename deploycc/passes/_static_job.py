@@ -68,7 +68,13 @@ class Job:
         scales = {name: _qdq.activation_scale(*found, quant) for name, found in ranges.items()}
         gates = gate_outputs(model.graph, placement) if dialect.splits_gates else {}
         scales |= {name: _qdq.gate_scale(alpha, quant) for name, alpha in gates.items()}
-        how = _qdq.How(options.clip_weights, options.keep_sums, options.correct_bias != "none", options.holds_pairs and dialect.holds_pairs)
+        how = _qdq.How(
+            options.clip_weights,
+            options.keep_sums,
+            options.correct_bias != "none",
+            options.holds_pairs and dialect.holds_pairs,
+            dialect.pairs_within_taps,
+        )
         writer = _qdq.Writer(model.graph, placement, scales, means, quant, how, self._codes)
         writer.write()
         _clean(model)
@@ -95,11 +101,15 @@ class Job:
         return calibration_facts(self.method, self._statistics[0], self._ranges) if self._statistics else {}
 
     def held_or_full(self, held: Artifact) -> Artifact:
-        """`held`, or with weights of full range where these are predicted to be nearer to float though their pairs saturate."""
+        """`held`, or with weights of full range where these are predicted to be nearer to float though their pairs saturate.
+
+        Held ones it is where the prediction does not know the order of the pairs (`pairs_within_taps`).
+        """
         from deploycc.forms._taps import tapped
+        from deploycc.passes._dialects import dialect_of
         from deploycc.passes._saturation import worth_it
 
-        if not self._holds:
+        if not self._holds or dialect_of(self.quant).pairs_within_taps:
             return held
         names = [value.name or "" for value in self.model.graph.outputs]
         feeds = list(itertools.islice(self.context.data.calibration(self.artifact), PREDICTED))

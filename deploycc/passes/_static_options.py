@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 FALLBACKS = (1, 2, 4, 8)
+NOT_INTEGER = {"none": "use quantize-dynamic, or a target with integer activations", "float8": "use quantize-float8"}
 LEAST_OPSET = 13  # DequantizeLinear gained `axis` (per-channel scales)
 
 
@@ -76,10 +77,9 @@ class StaticOptions(Pass):
                 f"{self.name} needs opset {LEAST_OPSET} or newer (per-channel Q/DQ), but the model has {opset}",
                 fix="put 'update-opset' before it",
             )
-        if context.target.quant.activations == "none":
+        if (kind := context.target.quant.activations) in NOT_INTEGER:
             raise PreconditionError(
-                f"target '{context.target.name}' keeps activations in float (quant.activations = none)",
-                fix="use quantize-dynamic, or a target with integer activations",
+                f"target '{context.target.name}' has no integer activations (quant.activations = {kind})", fix=NOT_INTEGER[kind]
             )
         if artifact.quant is not None or any(node.op_type == "QuantizeLinear" for node in artifact.model.graph):
             raise PreconditionError("the model is quantized already", fix=f"start from the float model, or leave {self.name} out")

@@ -34,9 +34,9 @@ class FoldNormalize(Pass):
     def requires(self, artifact: Artifact, context: Context) -> None:
         """A declared transform that makes the model's only input, a float32 picture with as many channels."""
         transform, inputs = artifact.transform, artifact.signature.inputs
-        if transform is None:
+        if not isinstance(transform, Transform):
             raise PreconditionError(
-                "fold-normalize moves the pre-processing into the model, but none is declared",
+                "fold-normalize moves the pre-processing into the model, but none is declared for pictures",
                 fix="declare a `transform` (transform.json in the data folder, or beside the model factory), or leave fold-normalize out",
             )
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].dtype not in ("float32", "uint8"):
@@ -56,7 +56,7 @@ class FoldNormalize(Pass):
         from deploycc.forms.onnx import clone, signature
 
         transform = artifact.transform
-        if transform is None or transform.dtype == "uint8":
+        if not isinstance(transform, Transform) or transform.dtype == "uint8":
             raise NothingToDo("the model takes uint8 pictures already", fix="leave fold-normalize out")
         model = clone(artifact.model)
         notes = _rewrite(model.graph, transform)
@@ -68,7 +68,7 @@ class FoldNormalize(Pass):
         """Random pictures give the same numbers either way."""
         from deploycc.passes._proof import prove_close
 
-        if before.transform is None:
+        if not isinstance(before.transform, Transform):
             return
         spec = after.signature.inputs[0]
         pixels, values = _example(before.transform, spec.shape)

@@ -82,6 +82,10 @@ class QuantizeDynamic(Pass):
         from deploycc.passes._opset import opset_of
         from deploycc.passes._products import QUANTIZED
 
+        if context.target.quant.weights == "float8":
+            raise PreconditionError(
+                f"target '{context.target.name}' multiplies float8, which has no dynamic form", fix="use quantize-float8"
+            )
         opset = opset_of(artifact.model)
         if opset < LEAST_OPSET:
             raise PreconditionError(

@@ -60,9 +60,9 @@ class QuantizeQat(QatOptions, TrainingPass):
         from deploycc.passes._train import require_accelerate
 
         require_accelerate(self.name)
-        if context.target.quant.activations == "none":
+        if (kind := context.target.quant.activations) in ("none", "float8"):
             raise PreconditionError(
-                f"target '{context.target.name}' keeps activations in float (quant.activations = none): there is no rounding to train for",
+                f"target '{context.target.name}' has no integer activations (quant.activations = {kind}): no rounding to train for",
                 fix="use finetune or distill, or a target with integer activations",
             )
         if artifact.form is Form.ONNX:

@@ -18,15 +18,19 @@ from typing import Any
 import numpy as np
 
 from deploycc.errors import DeployError, UsageError
-from deploycc.runtime.bundle import LoadedBundle, check_golden, interpret, load, open_session, read_golden, read_input
+from deploycc.runtime import record
+from deploycc.runtime.bundle import LoadedBundle, check_golden, load, open_session, read_golden
 from deploycc.runtime.doubts import instability
-from deploycc.runtime.host import check_host, peak_rss_bytes
+from deploycc.runtime.host import check_host, peak_rss_bytes, reset_peak, rss_bytes
+from deploycc.runtime.inputs import interpret, read_input
 from deploycc.runtime.kernel import Watch
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_model
 from deploycc.runtime.measure import time_interleaved
+from deploycc.runtime.seal import check_signature
 from deploycc.runtime.sessions import find
 from deploycc.runtime.signature import Outputs
 from deploycc.runtime.statistics import summarize
+from deploycc.runtime.unpack import opened
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     command = {"selftest": selftest, "bench": bench, "predict": predict}[options.command]
     try:
-        answer, text = command(options)
+        with opened(options.bundle) as options.bundle:
+            answer, text = command(options)
     except DeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -46,13 +51,19 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON document")
     common.add_argument("--threads", type=_count, help="threads of the runtime (default: the target's, at most this machine's cores)")
-    common.add_argument("--bundle", type=Path, default=_home(), help="folder of the bundle (default: where this file lies)")
+    common.add_argument(
+        "--bundle", type=Path, default=_home(), help="folder, .zip or .tar.gz of the bundle (default: where this file lies)"
+    )
+    common.add_argument("--key", type=Path, metavar="PUB.pem", help="refuse the bundle unless the owner of this public key signed it")
     parser = argparse.ArgumentParser(prog="runner.pyz", description="Check, measure and use the model bundle that this file lies in.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("selftest", parents=[common], help="check hashes, this machine, and the golden outputs")
     timing = commands.add_parser("bench", parents=[common], help="measure latency, cold start and memory on this machine")
     timing.add_argument("--seconds", type=float, help="least seconds of timed calls (default: what the target says)")
+    timing.add_argument("--runs", type=_count, help="least number of timed calls (default: what the target says)")
+    timing.add_argument("--samples", action="store_true", help="with --json: every timed call in nanoseconds too")
     timing.add_argument("--input", type=Path, metavar="FILE", help="a picture or .npz to measure with, instead of the golden inputs")
+    timing.add_argument("--save", type=Path, metavar="FILE", help="write raw samples and environment as `deploycc bench --save` does")
     using = commands.add_parser("predict", parents=[common], help="run one picture or one .npz file of arrays")
     using.add_argument("file", type=Path)
     using.add_argument("--top", type=_count, default=5, help="how many classes to show")
@@ -75,6 +86,8 @@ def _home() -> Path:
 
 def _open(options: argparse.Namespace) -> tuple[LoadedBundle, int]:
     """A bundle that is whole and fits this machine, and how many threads to run it with."""
+    if options.key:
+        check_signature(options.bundle, options.key)
     bundle = load(options.bundle)
     check_host(bundle.manifest)
     wanted = bundle.manifest["target"].get("bench", {}).get("threads", 1)
@@ -121,12 +134,16 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     feeds = (read_input(bundle, options.input),) if options.input else read_golden(bundle).feeds
     wanted = bundle.manifest["target"].get("bench", {})
     seconds = options.seconds or wanted.get("min_seconds", 2.0)
+    runs = options.runs or wanted.get("min_runs", 30)
+    earlier = peak_rss_bytes()
+    before = rss_bytes() if reset_peak() else None  # as the host's harness does, so that growth means the same
     begin = time.perf_counter_ns()
     with open_session(bundle, threads) as session:
         opened = time.perf_counter_ns()
         session.run(feeds[0])
         session.synchronize()
         first = time.perf_counter_ns()
+        cold_peak = peak_rss_bytes()
 
         def call(index: int) -> None:
             session.run(feeds[index % len(feeds)])
@@ -136,7 +153,7 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         samples = time_interleaved(
             {"model": call},
             min_seconds=seconds,
-            min_runs=wanted.get("min_runs", 30),
+            min_runs=runs,
             max_width=wanted.get("max_width"),
             max_seconds=wanted.get("max_seconds"),
             progress=lambda what, done, total: watch.look(),
@@ -146,7 +163,7 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     warnings = [*observed.warnings(), *instability(samples, summary)]
     if threads > available_cores():
         warnings.append(f"{threads} threads on {available_cores()} available cores")
-    peak = peak_rss_bytes()
+    peak = max(filter(None, (earlier, peak_rss_bytes())), default=None)
     about = _about(bundle, threads)
     answer: dict[str, Any] = {
         **about,
@@ -157,6 +174,23 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "observed": dataclasses.asdict(observed),
         "warnings": warnings,
     }
+    if options.save or options.samples:
+        found = record.document(
+            about["target"],
+            samples,
+            feeds[0],
+            threads=threads,
+            min_seconds=seconds,
+            min_runs=runs,
+            open_ms=answer["open_ms"],
+            first_ms=answer["first_ms"],
+            rss_growth_mb=(cold_peak - before) / 1e6 if before and cold_peak and cold_peak > before else None,
+        )
+        if options.save:
+            record.save(options.save, found)
+        if options.samples:
+            extent = {"min_seconds": seconds, "min_runs": runs, "stable": samples.stable}
+            answer["measurement"] = {**found["measurements"][0], **extent}
     memory = "not known" if peak is None else f"{peak / 1e6:.0f} MB, this whole process"
     high = [f"{name} {value:.3f}" for name, value in (("p90", summary.p90), ("p99", summary.p99), ("p99.9", summary.p999)) if value]
     times = f"p50 {summary.p50:.3f} ms ({summary.low:.3f} to {summary.high:.3f}), {', '.join([*high, f'mean {summary.mean:.3f}'])}"

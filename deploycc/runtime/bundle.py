@@ -21,11 +21,11 @@ import numpy as np
 
 from deploycc.errors import BundleError, DataError, MismatchError
 from deploycc.runtime import sessions
+from deploycc.runtime.audio import AnyTransform, declared
+from deploycc.runtime.seal import MANIFEST, SIGNATURE
 from deploycc.runtime.sessions import Session
-from deploycc.runtime.signature import Outputs, Signature
-from deploycc.runtime.transform import Transform, read_image
+from deploycc.runtime.signature import Signature
 
-MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 REBUILD = "copy the bundle again from where it was made, or compile it again"
 REQUIRED: Mapping[str, type] = {"target": dict, "runtime": dict, "signature": dict, "files": list, "measured": dict}
@@ -47,7 +47,7 @@ class LoadedBundle:
     folder: Path
     manifest: Mapping[str, Any]
     signature: Signature
-    transform: Transform | None
+    transform: AnyTransform | None
     model: Path
     unlisted: tuple[str, ...]
 
@@ -94,7 +94,7 @@ def load(folder: Path) -> LoadedBundle:
     models = [entry["path"] for entry in entries if entry["role"] == "model"]
     if not models:
         raise BundleError(f"{folder / MANIFEST} lists no file with the role 'model'", fix=REBUILD)
-    known = {MANIFEST, *(entry["path"] for entry in entries)}
+    known = {MANIFEST, SIGNATURE, *(entry["path"] for entry in entries)}
     present = (path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink())
     transform = next((entry["path"] for entry in entries if entry["role"] == "transform"), None)
     try:
@@ -102,7 +102,7 @@ def load(folder: Path) -> LoadedBundle:
             folder=folder,
             manifest=manifest,
             signature=Signature.from_json(manifest["signature"]),
-            transform=Transform.from_json(json.loads((folder / transform).read_text(encoding="utf-8"))) if transform else None,
+            transform=declared(json.loads((folder / transform).read_text(encoding="utf-8"))) if transform else None,
             model=folder / models[0],
             unlisted=tuple(name for path in present if (name := path.relative_to(folder).as_posix()) not in known),
         )
@@ -260,33 +260,3 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(name) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def read_input(bundle: LoadedBundle, path: Path) -> dict[str, np.ndarray]:
-    """A picture (through the bundle's transform) or .npz (arrays by input name, batch axis optional) as feeds. Raises DataError."""
-    specs = bundle.signature.inputs
-    if path.suffix.lower() == ".npz":
-        arrays = read_arrays(path)
-        if len(arrays) == 1 and len(specs) == 1:  # one array for one input: its name does not matter
-            arrays = {specs[0].name: next(iter(arrays.values()))}
-        shapes = {spec.name: spec for spec in specs}
-        for name, array in arrays.items():
-            if name in shapes and not shapes[name].accepts(array.shape) and shapes[name].accepts((1, *array.shape)):
-                arrays[name] = array[None]
-        return arrays
-    if bundle.transform is None or len(specs) != 1:
-        inputs = ", ".join(map(str, specs))
-        raise DataError(f"this bundle does not take pictures: its inputs are {inputs}", fix=f"give a .npz file with {inputs}")
-    if not path.is_file():
-        raise DataError(f"there is no file {path}", fix="check the path")
-    row = bundle.transform.apply(read_image(path))
-    first = specs[0].shape[0]
-    return {specs[0].name: np.repeat(row[None], first if isinstance(first, int) else 1, axis=0)}
-
-
-def interpret(bundle: LoadedBundle, outputs: Outputs, top: int) -> list[dict[str, Any]] | None:
-    """The best `top` classes of the first row, when the first output is a row of class scores; else None."""
-    first = next(iter(outputs.values()))
-    if first.ndim != 2 or first.shape[1] < 2 or first.dtype.kind != "f":
-        return None
-    return (bundle.transform or Transform(softmax=False)).predict(first[0], top)

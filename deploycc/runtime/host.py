@@ -58,13 +58,16 @@ def check_host(
     if least and (reason := cuda.lacks(least, cuda.gpu())):
         raise MismatchError(f"the bundle does not run here: {reason}", fix="run it on its device, or compile for this machine")
     installed = (version or _installed)(runtime["session"])
-    package, minimum = runtime["package"], runtime.get("minimum") or ""
-    wanted = f"{package}>={minimum}" if minimum else package
+    package, minimum, below = runtime["package"], runtime.get("minimum") or "", runtime.get("below") or ""
+    wanted = package + ",".join(text for text in (minimum and f">={minimum}", below and f"<{below}") if text)
     install = runtime.get("install") or f"pip install '{wanted}'"
     if installed is None:
         raise MismatchError(f"the bundle runs on {wanted}, and {package} is not installed", fix=install)
     if version_numbers(installed) < version_numbers(minimum):
         raise MismatchError(f"the bundle needs {wanted}, this machine has {package} {installed}", fix=install)
+    if below and version_numbers(installed) >= version_numbers(below):
+        reason = runtime.get("reason") or "newer versions were not checked"
+        raise MismatchError(f"the bundle needs {wanted} ({reason}); this machine has {package} {installed}", fix=install)
 
 
 def _installed(session: str) -> str | None:

@@ -80,14 +80,14 @@ class Transform:
         """Refuse values of the wrong kind: a transform.json is written by hand."""
         number, pair, numbers, names = "a number", "[height, width] in pixels", "a list of numbers", "a list of names"
         for name, value, fits, kind in (
-            ("resize", self.resize, self.resize is None or _is_pixels(self.resize) or _is_pair(self.resize), f"pixels, or {pair}"),
+            ("resize", self.resize, self.resize is None or is_pixels(self.resize) or _is_pair(self.resize), f"pixels, or {pair}"),
             ("crop", self.crop, self.crop is None or _is_pair(self.crop), pair),
-            ("background", self.background, _is_number(self.background) and 0 <= self.background <= 255, "a grey level from 0 to 255"),
-            ("scale", self.scale, _is_number(self.scale), number),
-            ("mean", self.mean, _is_tuple(self.mean, _is_number), numbers),
-            ("std", self.std, _is_tuple(self.std, _is_number), numbers),
+            ("background", self.background, is_number(self.background) and 0 <= self.background <= 255, "a grey level from 0 to 255"),
+            ("scale", self.scale, is_number(self.scale), number),
+            ("mean", self.mean, is_tuple(self.mean, is_number), numbers),
+            ("std", self.std, is_tuple(self.std, is_number), numbers),
             ("softmax", self.softmax, self.softmax in (True, False), "true or false"),
-            ("classes", self.classes, self.classes is None or _is_tuple(self.classes, _is_text), names),
+            ("classes", self.classes, self.classes is None or is_tuple(self.classes, is_text), names),
         ):
             if not fits:
                 raise DataError(f"transform: {name} is {value!r}", fix=f"{name} is {kind}")
@@ -161,25 +161,39 @@ class Transform:
 
     def predict(self, scores: np.ndarray, top: int = 5) -> list[dict[str, Any]]:
         """The best classes of one row of scores: [{"index": 3, "score": 0.9, "name": "…"}, …], best first."""
-        row = scores.reshape(-1).astype(np.float64)
-        if self.softmax:
-            row = np.exp(row - row.max())
-            row = row / row.sum()
-        order = np.argsort(-row, kind="stable")[:top]
-        names = self.classes
-        return [{"index": int(i), "score": float(row[i]), **({"name": names[i]} if names and i < len(names) else {})} for i in order]
+        return best(scores, top, softmax=self.softmax, classes=self.classes)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values with every default written out; inverse of `from_json`."""
-        return {key: _listed(value) for key, value in dataclasses.asdict(self).items()}
+        return plain(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Transform:
         """Read what `to_json` wrote, or a hand-written subset. Raises DataError for unknown keys."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(value) - known):
-            raise DataError(f"transform: unknown key {', '.join(unknown)}", fix=f"the keys are {', '.join(sorted(known))}")
-        return cls(**{key: _tupled(item) for key, item in value.items()})
+        return cls(**fields_of(cls, value))
+
+
+def fields_of(cls: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a JSON object as arguments of a dataclass, lists as tuples. Raises DataError for unknown keys."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(value) - known):
+        raise DataError(f"transform: unknown key {', '.join(unknown)}", fix=f"the keys are {', '.join(sorted(known))}")
+    return {key: _tupled(item) for key, item in value.items()}
+
+
+def plain(transform: Any) -> dict[str, Any]:
+    """A dataclass as JSON values, with every default written out."""
+    return {key: _listed(value) for key, value in dataclasses.asdict(transform).items()}
+
+
+def best(scores: np.ndarray, top: int, *, softmax: bool, classes: tuple[str, ...] | None) -> list[dict[str, Any]]:
+    """The `top` classes of one row of scores, best first, with their names where there are some."""
+    row = scores.reshape(-1).astype(np.float64)
+    if softmax:
+        row = np.exp(row - row.max())
+        row = row / row.sum()
+    order = np.argsort(-row, kind="stable")[:top]
+    return [{"index": int(i), "score": float(row[i]), **({"name": classes[i]} if classes and i < len(classes) else {})} for i in order]
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -201,24 +215,28 @@ def _pillow() -> Any:
     return Image
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """A finite number; not a truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_pixels(value: object) -> bool:
+def is_pixels(value: object) -> bool:
+    """A whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
+    """A string."""
     return isinstance(value, str)
 
 
-def _is_tuple(value: object, item: Callable[[object], bool]) -> bool:
+def is_tuple(value: object, item: Callable[[object], bool]) -> bool:
+    """A tuple of such items."""
     return isinstance(value, tuple) and all(map(item, cast("tuple[object, ...]", value)))
 
 
 def _is_pair(value: object) -> bool:
-    return _is_tuple(value, _is_pixels) and len(cast("tuple[object, ...]", value)) == 2
+    return is_tuple(value, is_pixels) and len(cast("tuple[object, ...]", value)) == 2
 
 
 def _listed(value: Any) -> Any:

@@ -97,6 +97,7 @@ def test_the_manifest_says_what_the_code_needs(compiled):
     runtime = compiled[0].runtime
     assert set(runtime["flags"].split()) == backend.V4  # this CPU may have more
     assert runtime["packed_for"] == "AVX512_CORE"
+    assert runtime["threads"] == "1"
     assert runtime["precision"] == "f32"
     assert runtime["version"] == torch.__version__.partition("+")[0]
     assert runtime["minimum"] == ".".join(runtime["version"].split(".")[:2])
@@ -321,12 +322,32 @@ assert "torch._inductor.compile_fx" not in sys.modules
 def test_threads_are_set_for_every_call(compiled):
     before = torch.get_num_threads()
     try:
-        with opened(compiled[0], threads=2) as session:
+        with pytest.warns(UserWarning, match=r"packed for 1 thread\(s\) and runs with 2.*--threads 2"):
+            session = opened(compiled[0], threads=2)
+        with session:
             torch.set_num_threads(1)
             session.run(example_feeds(compiled[0].signature))
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@needs_avx512
+def test_weights_are_packed_for_the_threads_of_the_target(tmp_path, monkeypatch):
+    two = changed(bench={**F32.bench.model_dump(), "threads": 2})
+    given: list[str] = []
+
+    def compile_program(program, request, environment):
+        given.append(environment["OMP_NUM_THREADS"])
+        return pt2_compile(program, request, environment)
+
+    pt2_compile = pt2.compile_program
+    monkeypatch.setattr(pt2, "compile_program", compile_program)
+    made = backend.Inductor()
+    artifact, _ = program()
+    for target in (F32, two):
+        assert made.build(artifact, target, tmp_path).runtime["threads"] == str(target.bench.threads)
+    assert given == ["1", "2"]
 
 
 @needs_avx512

@@ -89,9 +89,9 @@ MUTATIONS = {
     ),
     "an operator without a layer": (rules.operators_are_read, lambda: conv((LAST, "k = Det (c) y = Add (c, k)")), REFUSED),
     "another domain": (rules.operators_are_read, other_domain, REFUSED),
-    "uint8 with 128": (rules.integers_are_int8, lambda: conv(zx=np.uint8(128)), REFUSED),
-    "uint8 with 0": (rules.integers_are_int8, lambda: conv(zx=np.uint8(0)), TAKEN),  # with a warning, and refused by 8.5
-    "int16": (rules.integers_are_int8, lambda: conv(zx=np.int16(0), opset=21), REFUSED),
+    "uint8 with 128": (rules.codes_are_of_one_type, lambda: conv(zx=np.uint8(128)), REFUSED),
+    "uint8 with 0": (rules.codes_are_of_one_type, lambda: conv(zx=np.uint8(0)), TAKEN),  # with a warning, and refused by 8.5
+    "int16": (rules.codes_are_of_one_type, lambda: conv(zx=np.int16(0), opset=21), REFUSED),
     "a zero point": (rules.zero_points_are_zero, lambda: conv(zx=np.int8(3)), REFUSED),
     "a zero point of weights": (rules.zero_points_are_zero, lambda: conv(zw=np.full(16, 1, np.int8)), REFUSED),
     "no zero point": (

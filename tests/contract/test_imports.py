@@ -22,6 +22,7 @@ ALLOWED = {
     "backends": {"errors", "runtime", "core", "forms"},
     "bench": {"errors", "runtime", "core", "forms"},
     "package": {"errors", "runtime", "core", "forms", "bench"},
+    "remote": {"errors", "runtime", "core", "bench"},
     "demo": {"errors", "runtime", "core", "forms", "sources"},
 }
 HEAVY = {
@@ -38,7 +39,14 @@ HEAVY = {
     "safetensors",
 }
 EAGER_LAYERS = {"bench"}  # imported only by commands that measure
-OVER_TORCH = ("_torch_ao", "_onnx_torch", "_fake_quant")  # private modules of classes over torch's, themselves imported inside functions
+OVER_TORCH = (
+    "_torch_ao",
+    "_onnx_torch",
+    "_onnx_program",
+    "_fake_quant",
+    "_pt2e",
+    "_means",
+)  # private modules of classes over torch's, themselves imported inside functions
 
 
 def layer_of(path: Path) -> str:
@@ -78,7 +86,9 @@ def test_nothing_heavy_is_imported_before_it_is_used(path):
     assert not found & HEAVY
 
 
-@pytest.mark.parametrize("folder", ["passes", "backends", "sources/models", "sources/datasets", "forms"])
+@pytest.mark.parametrize(
+    "folder", ["passes", "backends", "sources/models", "sources/datasets", "forms", "package/runners", "emulate/sessions"]
+)
 def test_plug_ins_do_not_import_each_other(folder):
     for path in sorted((PACKAGE / folder).glob("*.py")):
         prefix = f"deploycc.{folder.replace('/', '.')}."
@@ -125,7 +135,7 @@ def test_core_imports_with_neither_torch_nor_onnx_installed():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", [["--help"], ["compile", "--help"], ["targets"], ["targets", "x86-onnxruntime"], ["passes"], ["backends"], ["sources"]])  # fmt: skip
+@pytest.mark.parametrize("command", [["--help"], ["compile", "--help"], ["targets"], ["targets", "x86-onnxruntime"], ["passes"], ["backends"], ["sources"], ["devices"]])  # fmt: skip
 def test_help_and_lists_never_import_torch(command):
     code = f"import sys\nsys.argv = ['deploycc', *{command!r}]\nfrom deploycc.cli import main\nmain()\n"
     result = run_without({"torch", "torchvision", "onnx", "onnxruntime"}, code)

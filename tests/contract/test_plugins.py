@@ -13,7 +13,10 @@ from deploycc.core.pipeline import Pipeline
 from deploycc.core.registry import BACKENDS, DATASETS, FORMS, MODELS, PASSES, ROOT, Registry, summary
 from deploycc.core.spec import format_spec
 from deploycc.errors import DeployError, UnknownName
-from deploycc.manual import attribute_docs, backend_manual, pass_manual, source_manual, target_manual
+from deploycc.manual import attribute_docs, backend_manual, device_manual, list_devices, pass_manual, source_manual, target_manual
+from deploycc.package.runner import RUNNERS, Runner
+from deploycc.remote.addresses import LINKS
+from deploycc.remote.transport import Link
 
 
 @pytest.mark.parametrize("name", PASSES.names())
@@ -104,6 +107,17 @@ def test_every_form_has_its_file():
     assert set(FORMS.names()) == {form.value for form in Form}
 
 
+@pytest.mark.parametrize("name", LINKS.names())
+def test_every_way_to_a_device_fits_the_protocol(name):
+    link = LINKS.get(name)
+    assert isinstance(link, Link)
+    available = link.available()
+    assert available or (available.missing and available.install)
+    assert link.syntax.startswith(f"{name}://")
+    assert link.syntax in device_manual(name)
+    assert link.syntax in list_devices()
+
+
 @pytest.mark.parametrize(("registry", "protocol"), [(MODELS, ModelSource), (DATASETS, DataSource)])
 def test_every_source_fits_its_protocol(registry, protocol):
     for name in registry.names():
@@ -111,6 +125,13 @@ def test_every_source_fits_its_protocol(registry, protocol):
         assert isinstance(source, protocol)
         assert source.syntax
         assert source.syntax in source_manual(name)
+
+
+@pytest.mark.parametrize("name", RUNNERS.names())
+def test_every_runner_fits_its_protocol(name):
+    runner = RUNNERS.get(name)
+    assert isinstance(runner, Runner)
+    assert len(summary(type(runner))) > 20
 
 
 def test_unknown_names_are_refused_with_the_nearest():

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from deploycc.core import target as targets
+from deploycc.core.artifact import Form
 from deploycc.core.contract import TARGET_PARTS
 from deploycc.core.target import Target, load
 from deploycc.errors import TargetError, UnknownName
@@ -63,6 +64,8 @@ def test_inherit_reaches_the_targets_that_come_with_deploycc(board):
         (BASE.replace("aarch64", "any"), "saturate on x86 CPUs without VNNI", "edit"),
         (BASE + '[quant]\nactivations = "int16"\n', "int16 activations must be symmetric", "edit"),
         (BASE + "[hardware]\ncores = 2\n[bench]\nthreads = 4\n", "4 threads on a device with 2 cores", "edit"),
+        (BASE + '[runtime]\nbelow = "2.0"\n', "below = 2.0 says nothing without its reason", "edit"),
+        (BASE + '[runtime]\nminimum = "2.9"\nbelow = "2.9"\nreason = "x"\n', "no version is at least 2.9 and below 2.9", "edit"),
         ('title = "no backend"\n', "backend: Field required", "edit"),
         ("inherit = 3\n", "inherit is 3", 'write inherit = "NAME"'),
         ('inherit = "x86-onnxruntme"\n', "no target 'x86-onnxruntme'", "did you mean 'x86-onnxruntime'"),
@@ -170,3 +173,33 @@ def test_limits_and_titles_do_not_decide_the_result_of_a_pass():
     assert facts == make(title="other", limits={"accuracy_drop": 0.5}).digest_facts(TARGET_PARTS)
     assert facts != make(quant={"per_channel": False}).digest_facts(TARGET_PARTS)
     assert make().digest_facts({"runtime"}) == make(quant={"per_channel": False}).digest_facts({"runtime"})
+
+
+def test_the_targets_for_the_same_architecture_that_take_a_form_are_found_in_their_files():
+    neighbours = targets.neighbours(load("rpi4"), Form.ONNX)
+    assert "arm64-onnxruntime" in neighbours
+    assert {load(name).arch for name in neighbours} == {"aarch64"}
+    assert not {"rpi4", "arm64-qnnpack", "x86-onnxruntime"} & set(neighbours)
+
+
+@pytest.mark.parametrize("name", ["rpi3", "rpi4", "rpi5", "graviton", "android-arm64"])
+def test_an_arm_board_says_what_it_is(name):
+    board = load(name)
+    assert (board.backend, board.arch) == ("executorch", "aarch64")
+    assert board.pipeline == load("arm64-xnnpack").pipeline
+    hardware = board.hardware
+    assert hardware.cpu
+    assert hardware.isa
+    assert hardware.l1d_kb
+    assert hardware.l2_kb
+    assert "cache" in board.docs
+    dot_product = hardware.isa != "armv8-a"  # optional in 8.2, and all of these have it
+    assert ("asimddp" in hardware.requires) == dot_product
+    assert ("asimddp" in hardware.lacks) == (not dot_product)
+
+
+def test_pytorch_on_arm_is_held_to_the_versions_that_run_there():
+    runtime = load("arm64-qnnpack").runtime
+    assert (runtime.minimum, runtime.below) == ("2.9", "2.10")
+    assert "Cortex-A53" in runtime.reason
+    assert any("dot-product" in notice for notice in load("arm64-qnnpack").notices)

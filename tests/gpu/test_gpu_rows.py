@@ -38,7 +38,7 @@ def test_random_weights_get_activations_like_trained_ones(script):
         module[0].bias.zero_()
         module[4].weight.zero_()
     before = module[0].weight.clone()
-    script("_gpu_models").awaken(module, [{"x": np.random.default_rng(seed).random((3, 8, 8), np.float32)} for seed in range(4)])
+    script("_awake").awaken(module, [np.random.default_rng(0).random((4, 3, 8, 8), np.float32)])
     assert module[4].weight.all()
     assert torch.equal(module[0].weight, before)
     assert not module.training

@@ -222,3 +222,15 @@ def test_the_manifest_keeps_times_and_dates_under_measured_only(tmp_path: Path, 
     for word in ("2026", 'seconds": 1.5', 'latency_ms"', str(tmp_path)):
         assert word not in text
     assert Manifest.model_validate(document) == read(tmp_path / "out")
+
+
+def test_what_the_target_says_of_its_runtime_is_in_the_manifest(tmp_path: Path, make_contents: Callable[..., Contents]):
+    contents = make_contents()
+    runtime = contents.target.runtime.model_copy(update={"below": "2.10", "reason": "illegal instruction"})
+    target = contents.target.model_copy(update={"runtime": runtime, "notices": ("no dot-product kernels",), "docs": "a board"})
+    document = write(tmp_path / "b", make_contents(target=target)).manifest
+    assert (document.runtime["below"], document.runtime["reason"]) == ("2.10", "illegal instruction")
+    assert document.notices == (*contents.artifact.notices, "no dot-product kernels")
+    assert not {"docs", "notices"} & set(document.target)
+    plain = write(tmp_path / "plain", contents).manifest
+    assert not {"below", "reason"} & set(plain.runtime)

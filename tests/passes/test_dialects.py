@@ -16,6 +16,7 @@ QUANTS = {
     "onnxruntime": {},
     "openvino": {},
     "tensorrt": {"activations": "int8", "activation_symmetric": True},
+    "tensorrt-float8": {"activations": "float8", "weights": "float8"},
 }
 RNG = np.random.default_rng(0)
 
@@ -98,7 +99,7 @@ def named(model):
 def test_only_onnx_runtime_rounds_a_conv_that_nothing_integer_reads():
     model = named(graph("(float[1,16,6,6] x) => (float[1,16,6,6] y) { y = Conv (x, w) }", w=some(16, 16, 1, 1)))
     assert {name: set(placed(model, name).leaders) for name in DIALECTS} == {
-        "onnxruntime": {"x", "y"}, "openvino": {"x"}, "tensorrt": {"x"},
+        "onnxruntime": {"x", "y"}, "openvino": {"x"}, "tensorrt": {"x"}, "tensorrt-float8": set(),
     }  # fmt: skip
 
 
@@ -157,6 +158,23 @@ def test_openvino_centres_ranges_that_reach_as_far_below_zero_as_above():
 )
 def test_what_tensorrt_leaves_in_float(body, weight, reason):
     found = dialect_of(quant("tensorrt")).obstacle(graph(body, w=some(*weight)).graph[0])
+    assert found is None if reason is None else found is not None and reason in found
+
+
+@pytest.mark.parametrize(
+    ("body", "weight", "reason"),
+    [
+        ("(float[1,32,6,6] x) => (float[1,32,4,4] y) { y = Conv (x, w) }", (32, 32, 3, 3), None),
+        ("(float[1,3,6,6] x) => (float[1,32,4,4] y) { y = Conv (x, w) }", (32, 3, 3, 3), "3 channels"),
+        ("(float[1,32,6,6] x) => (float[1,16,4,4] y) { y = Conv (x, w) }", (16, 32, 3, 3), "16 channels"),
+        ("(float[1,32,6,6] x) => (float[1,32,4,4] y) { y = Conv <group=2> (x, w) }", (32, 16, 3, 3), "grouped"),
+        ("(float[1,32,8,8] x) => (float[1,32,2,2] y) { y = Conv (x, w) }", (32, 32, 7, 7), "49 places"),
+        ("(float[4,32] x) => (float[4,8] y) { y = MatMul (x, w) }", (32, 8), "under 16"),
+        ("(float[4,32] x) => (float[4,32] y) { y = MatMul (x, w) }", (32, 32), None),
+    ],
+)
+def test_what_tensorrt_leaves_out_of_float8(body, weight, reason):
+    found = dialect_of(quant("tensorrt-float8")).obstacle(graph(body, w=some(*weight)).graph[0])
     assert found is None if reason is None else found is not None and reason in found
 
 

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from bundle_tools import rewrite
 from PIL import Image
 
 from deploycc.errors import BundleError, DataError, MismatchError
@@ -19,15 +20,13 @@ from deploycc.runtime.bundle import (
     MANIFEST,
     Golden,
     check_golden,
-    document_digest,
-    interpret,
     load,
     open_session,
     read_arrays,
     read_golden,
-    read_input,
     write_golden,
 )
+from deploycc.runtime.inputs import interpret, read_input
 from deploycc.runtime.machine import cpu_flags
 from deploycc.runtime.transform import Transform
 
@@ -38,15 +37,6 @@ NO_VNNI = "processor: 0\nflags\t\t: sse4_2 avx2\n"
 @pytest.fixture
 def folder(tmp_path: Path, make_contents: Callable[..., Contents]) -> Path:
     return write(tmp_path / "out", make_contents()).folder
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Any]], None], *, sealed: bool = True) -> None:
-    """Change the manifest; `sealed` gives it a digest that fits, as whoever builds a hostile bundle would."""
-    document = json.loads((folder / MANIFEST).read_text())
-    change(document)
-    if sealed:
-        document["measured"]["digest"] = document_digest(document)
-    (folder / MANIFEST).write_text(json.dumps(document))
 
 
 def set_path(index: int, path: str) -> Callable[[dict[str, Any]], None]:
@@ -218,6 +208,21 @@ def test_a_runtime_that_is_too_old_is_refused(installed: str):
 @pytest.mark.parametrize("installed", ["1.30", "1.30.0", "1.100", "2.0", "1.30.1+cpu"])
 def test_a_runtime_that_is_new_enough_is_taken(installed: str):
     host.check_host(manifest(), version=lambda session: installed)
+
+
+@pytest.mark.parametrize("installed", ["2.10.0", "2.13.0+cpu", "3.0"])
+def test_a_runtime_that_is_too_new_is_refused_with_the_reason(installed: str):
+    document = manifest(minimum="2.9")
+    document["runtime"] |= {"below": "2.10", "reason": "illegal instruction"}
+    with pytest.raises(
+        MismatchError, match=rf"needs onnxruntime>=2.9,<2.10 \(illegal instruction\); this machine has .* {re.escape(installed)}"
+    ) as caught:
+        host.check_host(document, version=lambda session: installed)
+    assert caught.value.fix == "pip install 'onnxruntime>=2.9,<2.10'"
+    host.check_host(document, version=lambda session: "2.9.1")
+    del document["runtime"]["reason"]
+    with pytest.raises(MismatchError, match="newer versions were not checked"):
+        host.check_host(document, version=lambda session: installed)
 
 
 def test_a_missing_runtime_is_named():

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundle_tools import GUARDED
 from PIL import Image
 
 from deploycc.errors import BundleError
@@ -19,29 +20,6 @@ from deploycc.package.manifest import Contents
 from deploycc.runtime.__main__ import main
 from deploycc.runtime.bundle import load
 from deploycc.runtime.machine import available_cores
-
-ROOT = Path(__file__).parents[2]
-FORBIDDEN = ("torch", "onnx", "pydantic", "typer", "rich", "jinja2", "psutil", "matplotlib")
-# Runs the archive as `python runner.pyz` does, with an import hook that refuses what a device does not have, and the source tree.
-GUARDED = f"""
-import runpy, sys
-class Guard:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {FORBIDDEN!r}:
-            raise ImportError(f'the runner imports {{name}}')
-sys.meta_path.insert(0, Guard())
-sys.path[:] = [entry for entry in sys.path if entry != {str(ROOT)!r}]
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0])
-status = 0
-try:
-    runpy.run_path(sys.argv[0], run_name='__main__')
-except SystemExit as stop:
-    status = stop.code
-import deploycc.errors
-assert '.pyz' in deploycc.errors.__file__, deploycc.errors.__file__
-sys.exit(status)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +133,16 @@ def test_bench_prints_the_harness_statistics(folder: Path, capsys: pytest.Captur
     text = capsys.readouterr().out
     assert "p50 " in text
     assert "cold start " in text
+
+
+def test_bench_gives_every_sample_when_asked_and_does_as_many_runs(folder: Path, capsys: pytest.CaptureFixture[str]):
+    found = answer(capsys, "bench", "--bundle", str(folder), "--seconds", "0.001", "--runs", "57", "--samples")
+    taken = found["measurement"]
+    assert found["latency_ms"]["runs"] == len(taken["samples_ns"]) >= 57
+    assert len(taken["samples_ns"]) % taken["per_round"] == 0
+    assert found["latency_ms"]["p50"] == pytest.approx(np.median(taken["samples_ns"]) / 1e6)
+    assert taken["inputs"] == {"image": ["float32", [1, 3, 8, 8]]}
+    assert (taken["min_seconds"], taken["min_runs"]) == (0.001, 57)
 
 
 def test_bench_warns_of_more_threads_than_cores(folder: Path, capsys: pytest.CaptureFixture[str]):

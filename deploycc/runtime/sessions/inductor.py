@@ -8,6 +8,7 @@ CPU can do. The code runs without checks of its own, so that what it needs is ch
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ def version() -> str | None:
 
 def open(model: Path, signature: Signature, runtime: Mapping[str, str], threads: int) -> InductorSession:
     """Load a package; runtime["flags"] is what its code needs, runtime["version"] the PyTorch that it was compiled with.
+
+    runtime["threads"] is how many its weights are packed for: with another number it answers the same, and oneDNN may put them in another
+    order at every call, which a warning tells.
 
     Raises:
         MismatchError: torch is not installed or of another release, or this CPU lacks a flag (the code would crash, or crawl).
@@ -68,6 +72,12 @@ def open(model: Path, signature: Signature, runtime: Mapping[str, str], threads:
                 f"{model.name} has the {kind} {facts.get(kind)}, but its signature says {wanted}",
                 fix="build the bundle again: the model and the manifest do not belong together",
             )
+    if (packed := runtime.get("threads", str(threads))) != str(threads):
+        warnings.warn(
+            f"{model.name} is packed for {packed} thread(s) and runs with {threads}: the answers are the same, but it may be many times "
+            f"slower; compile it with --threads {threads}",
+            stacklevel=2,
+        )
     return InductorSession(torch, loader, signature, threads)
 
 

@@ -9,47 +9,24 @@ classes.txt transform.json   beside them: class names in index order, one a line
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 from deploycc.core.contract import Dataset, Sample, Split
-from deploycc.core.registry import suggest
 from deploycc.errors import DataError
-from deploycc.runtime.transform import Transform, read_image
+from deploycc.runtime.transform import read_image
+from deploycc.sources.datasets._labelled import TRANSFORM, FileSplit, Kind, class_names, items_of, parts_of, transform_of
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "val", "calibration": "calibration"}
-LABELS, CLASSES, TRANSFORM = "labels.txt", "classes.txt", "transform.json"
-
-Item = tuple[Path, tuple[int, ...] | None]
+PICTURES = Kind(SUFFIXES, "picture", "pictures")
 
 
-@dataclass(frozen=True, slots=True)
-class ImageSplit:
-    """Pictures below `root`, decoded when they are read."""
-
-    root: Path
-    items: tuple[Item, ...]
-
-    def __len__(self) -> int:
-        return len(self.items)
+class ImageSplit(FileSplit):
+    """Pictures, decoded when they are read."""
 
     def __getitem__(self, index: int) -> Sample:
         path, label = self.items[index]
         return Sample(read_image(path), label, path.relative_to(self.root).as_posix())
-
-    def label(self, index: int) -> tuple[int, ...] | None:
-        """The accepted classes."""
-        return self.items[index][1]
-
-    def digest(self, index: int) -> str:
-        """SHA-256 of the file and the label."""
-        path, label = self.items[index]
-        return hashlib.sha256(path.read_bytes() + repr(label).encode()).hexdigest()
 
 
 class ImageData:
@@ -67,126 +44,7 @@ class ImageData:
         root = Path(text)
         if not root.is_dir():
             raise DataError(f"there is no folder {root}", fix="correct the path after --data")
-        parts = _parts(root)
-        names = _class_names(root, list(parts.values()))
-        splits: dict[str, Split] = {name: ImageSplit(root, _items(folder, names)) for name, folder in parts.items()}
-        return Dataset(text, splits, classes=names, transform=_transform(root / TRANSFORM))
-
-
-def _parts(root: Path) -> dict[str, Path]:
-    """Split → folder; {"all": root} when it is not split."""
-    named = [folder for folder in _folders(root) if folder.name in SPLITS]
-    if (root / LABELS).is_file() or not any(map(_holds_pictures, named)):
-        return {"all": root}
-    if others := [folder.name for folder in _folders(root) if folder.name not in SPLITS and _holds_pictures(folder)]:
-        raise DataError(
-            f"{root} holds splits ({', '.join(folder.name for folder in named)}) beside other folders ({', '.join(others[:3])})",
-            fix="leave only train, val and calibration in it; if 'train' is a class, list the pictures in labels.txt",
-        )
-    parts: dict[str, Path] = {}
-    for folder in sorted(named, key=lambda folder: list(SPLITS).index(folder.name)):
-        if SPLITS[folder.name] not in parts:
-            parts[SPLITS[folder.name]] = folder
-        elif folder.name == "validation":
-            raise DataError(f"{root} has both val and validation", fix="leave one of them")
-    return parts
-
-
-def _class_names(root: Path, parts: Sequence[Path]) -> tuple[str, ...] | None:
-    """Class names in index order: classes.txt, else the sorted names of the class folders; None when those are indices or absent."""
-    listed = root / CLASSES
-    if listed.is_file():
-        names = tuple(line.strip() for line in _lines(listed) if line.strip())
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise DataError(f"{listed} names '{twice}' twice", fix="give every class a name of its own")
-        return names
-    unlisted = [part for part in parts if not (part / LABELS).is_file()]
-    folders = {folder.name for part in unlisted for folder in _folders(part) if _holds_pictures(folder)}
-    return tuple(sorted(folders)) if folders and not all(name.isdecimal() for name in folders) else None
-
-
-def _items(folder: Path, names: tuple[str, ...] | None) -> tuple[Item, ...]:
-    if (folder / LABELS).is_file():
-        return _listed(folder, names)
-    loose = sorted(path for path in folder.iterdir() if _is_picture(path))
-    classes = [sub for sub in _folders(folder) if _holds_pictures(sub)]
-    if loose and classes:
-        raise DataError(
-            f"{folder} holds pictures ({loose[0].name}) beside class folders ({classes[0].name})",
-            fix="move them into class folders, or list all of them in labels.txt",
-        )
-    items: list[Item] = [(path, None) for path in loose]
-    for sub in classes:
-        label = (_class_index(sub, names),)
-        items.extend((path, label) for path in sorted(filter(_is_picture, sub.rglob("*"))))
-    if not items:
-        raise DataError(f"{folder} holds no pictures", fix=f"give a folder with {', '.join(sorted(SUFFIXES))} files")
-    return tuple(items)
-
-
-def _class_index(folder: Path, names: tuple[str, ...] | None) -> int:
-    if names is not None and folder.name in names:
-        return names.index(folder.name)
-    if folder.name.isdecimal() and (names is None or int(folder.name) < len(names)):
-        return int(folder.name)
-    raise DataError(f"{CLASSES} does not name the class folder {folder}", fix=suggest(folder.name, names or (), listing=CLASSES)[:300])
-
-
-def _listed(folder: Path, names: tuple[str, ...] | None) -> tuple[Item, ...]:
-    """The pictures of labels.txt."""
-    found: dict[Path, tuple[int, ...]] = {}
-    for number, line in enumerate(_lines(folder / LABELS), 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        where = f"{folder / LABELS}:{number}"
-        name, *rest = line.strip().rsplit(None, 1)
-        indices = rest[0].split(",") if rest else [""]
-        if not all(item.isdecimal() for item in indices):
-            raise DataError(f"{where} reads '{line.strip()}'", fix="write: relative/path 12 (or 12,14 when several classes are right)")
-        label = tuple(int(item) for item in indices)
-        if names is not None and max(label) >= len(names):
-            raise DataError(f"{where}: class {max(label)}, but {CLASSES} names {len(names)} classes", fix=f"correct it, or {CLASSES}")
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
-            raise DataError(f"{where}: there is no file {name} in {folder}", fix="correct the path or remove the line")
-        if path in found:
-            raise DataError(f"{where} lists {name} a second time", fix="remove one of the lines")
-        found[path] = label
-    if not found:
-        raise DataError(f"{folder / LABELS} lists no picture", fix="write a line for each: relative/path 12")
-    return tuple(found.items())
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def _holds_pictures(folder: Path) -> bool:
-    return any(map(_is_picture, folder.rglob("*")))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}", fix="save it as UTF-8 text") from error
-
-
-def _transform(path: Path) -> Transform | None:
-    if not path.is_file():
-        return None
-    try:
-        content: Any = json.loads("\n".join(_lines(path)))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}", fix="correct it") from error
-    if not isinstance(content, Mapping):
-        raise DataError(f"{path} is not a JSON object", fix='write {"resize": 256, "crop": [224, 224], …}')
-    try:
-        return Transform.from_json(cast("Mapping[str, Any]", content))
-    except DataError as error:
-        raise DataError(f"{path}: {error.what}", fix=error.fix) from error
+        parts = parts_of(root, PICTURES)
+        names = class_names(root, list(parts.values()), PICTURES)
+        splits: dict[str, Split] = {name: ImageSplit(root, items_of(folder, names, PICTURES)) for name, folder in parts.items()}
+        return Dataset(text, splits, classes=names, transform=transform_of(root / TRANSFORM))

@@ -17,7 +17,8 @@ import numpy as np
 from deploycc.core.contract import Dataset, Sample, Split
 from deploycc.core.registry import DATASETS
 from deploycc.errors import DataError
-from deploycc.runtime.transform import Transform
+from deploycc.runtime.audio import AnyTransform
+from deploycc.runtime.audio import declared as transform_of
 from deploycc.sources._factory import make, names_factory
 from deploycc.sources.datasets._arrays import Label, as_label, check_array, digest_of
 
@@ -155,12 +156,13 @@ def _classes(parts: Mapping[str, Any]) -> tuple[str, ...] | None:
     return found[0] if found else None
 
 
-def _transform(module: ModuleType, text: str) -> Transform | None:
+def _transform(module: ModuleType, text: str) -> AnyTransform | None:
     declared = getattr(module, "TRANSFORM", None)
-    if declared is None or isinstance(declared, Transform):
+    if declared is None or isinstance(declared, AnyTransform):
         return declared
     if isinstance(declared, Mapping):
-        return Transform.from_json(cast("Mapping[str, Any]", declared))
+        return transform_of(cast("Mapping[str, Any]", declared))
     raise DataError(
-        f"{text}: TRANSFORM is a {type(declared).__name__}", fix="declare a deploycc.runtime.transform.Transform or a dict of its fields"
+        f"{text}: TRANSFORM is a {type(declared).__name__}",
+        fix="declare a Transform or AudioTransform of deploycc.runtime, or a dict of its fields",
     )

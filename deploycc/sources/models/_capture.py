@@ -10,6 +10,7 @@ from deploycc.core.artifact import Artifact, Form, TensorSpec
 from deploycc.core.registry import suggest
 from deploycc.errors import SourceError
 from deploycc.forms.module import capture_signature
+from deploycc.runtime.audio import AnyTransform, AudioTransform
 from deploycc.runtime.transform import Transform
 from deploycc.sources.models._checks import refuse_non_finite_state
 
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
 
 Shape = tuple[int | str, ...]
 
+DEFAULT_INPUT = "input"
+
 
 def capture(
     module: torch.nn.Module,
     inputs: tuple[TensorSpec, ...],
     *,
     source: str,
-    transform: Transform | None = None,
+    transform: AnyTransform | None = None,
     notices: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> Artifact:
@@ -50,11 +53,21 @@ def image_input(transform: Transform, size: tuple[int, int]) -> Shape:
     return (1, transform.channels, *size) if transform.layout == "NCHW" else (1, *size, transform.channels)
 
 
-def _check_transform(transform: Transform | None, inputs: tuple[TensorSpec, ...], source: str) -> None:
+def made_by(transform: AnyTransform | None) -> TensorSpec | None:
+    """A batch of one that the transform makes, or None when its shape follows the picture or recording."""
+    if isinstance(transform, AudioTransform):
+        return TensorSpec(DEFAULT_INPUT, transform.dtype, (1, *transform.shape)) if transform.shape else None
+    if transform is None or transform.size is None:
+        return None
+    return TensorSpec(DEFAULT_INPUT, transform.dtype, image_input(transform, transform.size))
+
+
+def _check_transform(transform: AnyTransform | None, inputs: tuple[TensorSpec, ...], source: str) -> None:
     """What the declared transform makes must be what the model takes."""
-    if transform is None or transform.size is None or len(inputs) != 1:
+    wanted = made_by(transform)
+    if transform is None or wanted is None or len(inputs) != 1:
         return
-    made = image_input(transform, transform.size)[1:]
+    made = wanted.shape[1:]
     if inputs[0].accepts_sample(tuple(int(dim) for dim in made)) and inputs[0].dtype == transform.dtype:
         return
     raise SourceError(

@@ -16,16 +16,15 @@ from deploycc.core.artifact import Artifact, Form, TensorSpec
 from deploycc.core.contract import ModelRequest
 from deploycc.core.registry import MODELS, suggest
 from deploycc.errors import DataError, SourceError
-from deploycc.runtime.transform import Transform
+from deploycc.runtime.audio import AnyTransform
+from deploycc.runtime.audio import declared as transform_of
 from deploycc.sources._factory import make, names_factory
-from deploycc.sources.models._capture import capture, image_input, override_shapes
+from deploycc.sources.models._capture import DEFAULT_INPUT, capture, made_by, override_shapes
 from deploycc.sources.models._preset import from_preset, is_preset
 from deploycc.sources.models._weights import load_state, read_state, seeded
 
 if TYPE_CHECKING:
     import torch
-
-DEFAULT_INPUT = "input"
 
 
 class PythonModel:
@@ -74,31 +73,31 @@ def _parted(value: Any, text: str) -> tuple[torch.nn.Module, Any]:
     )
 
 
-def _transform(module: torch.nn.Module, file: ModuleType | None, text: str) -> Transform | None:
+def _transform(module: torch.nn.Module, file: ModuleType | None, text: str) -> AnyTransform | None:
     declared = getattr(module, "transform", None)
     if declared is None or (callable(declared) and not is_preset(declared)):  # a layer or method of that name declares nothing
         declared = getattr(file, "TRANSFORM", None)
-    if declared is None or isinstance(declared, Transform):
+    if declared is None or isinstance(declared, AnyTransform):
         return declared
     try:
         if is_preset(declared):
             return from_preset(declared)
         if isinstance(declared, Mapping):
-            return Transform.from_json(cast("Mapping[str, Any]", declared))
+            return transform_of(cast("Mapping[str, Any]", declared))
     except DataError as error:
         raise SourceError(f"{text}: {error.what}", fix=error.fix) from error
     raise SourceError(
         f"{text}: its transform is a {type(declared).__name__}",
-        fix="declare a deploycc.runtime.transform.Transform, a dict of its fields, or torchvision's weights.transforms()",
+        fix="declare a Transform or AudioTransform of deploycc.runtime, a dict of its fields, or torchvision's weights.transforms()",
     )
 
 
-def _inputs(module: torch.nn.Module, example: Any, transform: Transform | None, request: ModelRequest) -> tuple[TensorSpec, ...]:
+def _inputs(module: torch.nn.Module, example: Any, transform: AnyTransform | None, request: ModelRequest) -> tuple[TensorSpec, ...]:
     example = getattr(module, "example_input", None) if example is None else example
     if example is not None:
         known = _specs_of(example, module, request.text)
-    elif transform is not None and transform.size is not None:
-        known = (TensorSpec(DEFAULT_INPUT, transform.dtype, image_input(transform, transform.size)),)
+    elif made := made_by(transform):
+        known = (made,)
     else:
         known = tuple(TensorSpec(name, "float32", shape) for name, shape in request.inputs.items())
         known = _in_order(known, module, request.text)

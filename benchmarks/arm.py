@@ -1,0 +1,214 @@
+"""The three ways to 64-bit ARM on emulated cores: selftests, answers against this machine's, and instructions per call, int8 against float.
+
+    uv run --extra executorch python benchmarks/arm.py FOLDER [--only lite0 …] [--targets arm64-xnnpack …] [--cores …] [--float]
+                                                       [--assets ASSETS]
+
+Each network is compiled for each target with an open gate, and `deploycc verify --emulate` runs the bundle under qemu: EfficientNet-Lite0
+with the 20 ImageNet photos of foolbox, the others with their golden samples. --float makes float bundles of the same networks for the
+table's other half; they are slow under emulation (minutes per call of ResNet-18). MiniLM is made from ASSETS (_quantizers_files.py says of
+what). Rows that are there already stay, so that the script can be run piece by piece.
+
+The bar: every selftest passes on every core, and integer answers are those of this machine, or one step of the output's scale away. Exit
+status 1 when it is not met, 2 where nothing can be emulated. Instructions are an estimated relative cost, of one core against itself and of
+one precision: they are no time, and understate what int8 gains on cores without dot product, where float waits for memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import _quantizers_files
+from _quantizers_cases import Given, open_target, options_of
+from _shared import DASH, about, real_photos, results_folder, say, table, write
+
+from deploycc import driver
+from deploycc.bench.environment import capture
+from deploycc.core.pipeline import Pipeline
+from deploycc.demo import Photos
+from deploycc.emulate import root
+from deploycc.emulate.verify import Emulated, emulate
+from deploycc.errors import DeployError
+from deploycc.render_emulation import difference, emulated_json
+
+NAME = "arm"
+CORES = ("cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1")
+TARGETS = ("arm64-xnnpack", "arm64-onnxruntime", "arm64-qnnpack")
+MODELS = (
+    Given("lite0", "deploycc.demo:efficientnet_lite0"),
+    *(Given(name, f"torchvision:{name}", real=False) for name in ("resnet18", "mobilenet_v2")),
+)
+PASSES = {("minilm", "arm64-onnxruntime"): "export-onnx, quantize-dynamic{outliers=8}"}
+FOOLBOX = "imagenet_"  # how the names of its photos begin among the demo's
+PHOTOS = 20
+LAST_WORDS = 300
+ONE_STEP = 1.0
+Row = dict[str, Any]
+
+
+def build(given: Given, target: str, precision: str, photos: Photos, folder: Path) -> Path:
+    """The bundle, compiled unless it is there."""
+    out = folder / given.name / f"{target}-{precision}"
+    if (out / "manifest.json").is_file():
+        return out
+    chosen = open_target(target)
+    passes = PASSES.get((given.name, target))
+    if precision == "float":
+        whole = Pipeline.parse(passes or chosen.pipeline)
+        plain = [step.body.name for step in whole.lossless().steps]
+        lossy = [step.body.name for step in whole.steps if step.body.name not in plain]
+        passes = str(whole.lossless()) if passes else ", ".join(f"-{name}" for name in lossy)
+    say(f"{given.name}: compiling for {target}, {precision}")
+    driver.compile(given.text, replace(options_of(given, photos, chosen, out), passes=passes, resume=True))
+    return out
+
+
+def row_of(given: Given, target: str, precision: str, cores: Sequence[str], photos: Photos, folder: Path) -> Row:
+    """One bundle on every core; `problem` where there is none."""
+    row: Row = {"model": given.name, "real": given.real, "target": target, "precision": precision, "problem": "", "cores": []}
+    try:
+        bundle = build(given, target, precision, photos, folder)
+        say(f"{given.name}: {target}, {precision} on {', '.join(cores)}")
+        pictures = str(photos.data) if given.name == "lite0" and precision == "int8" else None
+        found = emulate(bundle, ",".join(cores), data=pictures, samples=PHOTOS, calls=2 if precision == "int8" else 1)
+    except DeployError as error:
+        return row | {"problem": " ".join(error.what.split())[:LAST_WORDS]}
+    document = emulated_json(found)
+    size = sum(path.stat().st_size for path in bundle.iterdir() if path.name.startswith("model"))
+    kept = {key: document[key] for key in ("runtime", "host", "emulator", "golden", "samples", "notes", "cores")}
+    return row | kept | {"bytes": size, "differences": [_shown(found, index) for index in range(len(cores))]}
+
+
+def _shown(found: Emulated, index: int) -> str:
+    return difference(found.cores[index].distances) if not found.cores[index].refused else DASH
+
+
+def missed(rows: Sequence[Row]) -> list[str]:
+    """Where the bar is not met."""
+    found: list[str] = []
+    for row in rows:
+        where = f"{row['model']}, {row['target']}, {row['precision']}"
+        if row["problem"]:
+            found.append(f"{where}: {row['problem']}")
+        for item in row["cores"]:
+            steps = [distance["max_lsb"] for distance in item["distances"] if distance["max_lsb"] is not None]
+            if not item["ok"]:
+                found.append(f"{where}, {item['core']}: {item['refused'].splitlines()[0]}")
+            elif max(steps, default=0.0) > ONE_STEP:
+                found.append(f"{where}, {item['core']}: {max(steps):.0f} steps of the output's scale from this machine's answers")
+    return found
+
+
+def markdown(document: dict[str, Any], machine: str) -> str:
+    """The page."""
+    rows: list[Row] = document["rows"]
+    cores = [core for core in CORES if any(item["core"] == core for row in rows for item in row["cores"])]
+    emulators = ", ".join(sorted({row["emulator"] for row in rows if "emulator" in row}))
+    about_it = (
+        f"{emulators}, user emulation. Networks but lite0 and minilm have random weights. **Instructions are an estimated relative cost "
+        "under emulation (`measured: false`): no latency was measured on any ARM device.** They understate what int8 gains on cores "
+        "without dot product (Cortex-A53, A72), where float waits for memory."
+    )
+    lines = [f"# {(__doc__ or '').splitlines()[0]}", "", "Written by `python benchmarks/arm.py`.", "", about_it, ""]
+    lines += ["## Million instructions per call: int8 / float = times fewer", "", _costs(rows, cores), ""]
+    lines += ["## Selftests and answers", "", _answers(rows, cores), ""]
+    verdict = document["missed"]
+    lines.append("The bar is met." if not verdict else "The bar is missed:\n\n" + "\n".join(f"- {line}" for line in verdict))
+    return "\n".join([*lines, "", machine])
+
+
+def _pairs(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["target"]), {})[row["precision"]] = row
+    return found
+
+
+def _minsn(row: Row | None, core: str) -> float | None:
+    items = [item for item in (row or {"cores": []})["cores"] if item["core"] == core]
+    return items[0]["cost"]["minsn"] if items else None
+
+
+def _costs(rows: Sequence[Row], cores: Sequence[str]) -> str:
+    lines: list[list[str]] = []
+    for (model, target), both in _pairs(rows).items():
+        cells: list[str] = []
+        for core in cores:
+            int8, plain = (_minsn(both.get(precision), core) for precision in ("int8", "float"))
+            shown = f"{int8:.1f}" if int8 is not None else DASH
+            shown += f" / {plain:.1f}" if plain is not None else ""
+            cells.append(f"{shown} = {plain / int8:.2f}" if int8 and plain else shown)
+        lines.append([model, target, *cells])
+    return table(("network", "target", *cores), lines)
+
+
+def _answers(rows: Sequence[Row], cores: Sequence[str]) -> str:
+    header = ("network", "target", "precision", "MB", *(f"{core}: selftest, difference, same class" for core in cores), "multiplies with")
+    lines: list[list[str]] = []
+    for row in rows:
+        if row["problem"]:
+            lines.append([row["model"], row["target"], row["precision"], DASH, *[DASH] * len(cores), row["problem"]])
+            continue
+        by_core = {item["core"]: (item, shown) for item, shown in zip(row["cores"], row["differences"], strict=True)}
+        cells = [_answer(*by_core[core]) if core in by_core else DASH for core in cores]
+        kinds = dict.fromkeys(", ".join(item["multiplies"]) for item in row["cores"] if item["multiplies"])
+        lines.append([row["model"], row["target"], row["precision"], f"{row['bytes'] / 1e6:.2f}", *cells, "; ".join(kinds)])
+    return table(header, lines)
+
+
+def _answer(item: Row, shown: str) -> str:
+    if not item["ok"]:
+        return "FAILED"
+    agreement = item["agreement"]
+    return f"ok, {shown}" + ("" if agreement is None else f", {100 * agreement:.0f} %")
+
+
+def foolbox(photos: Photos, folder: Path) -> Photos:
+    """The demo's photos with only those of foolbox to judge."""
+    chosen = folder / "foolbox"
+    if not chosen.is_dir():
+        chosen.mkdir(parents=True)
+        for path in sorted(photos.data.rglob(f"*{FOOLBOX}*")):
+            shutil.copyfile(path, chosen / path.name)
+    return replace(photos, data=chosen)
+
+
+def main() -> int:
+    """Every row that was asked for; see the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where bundles are kept")
+    parser.add_argument("--only", nargs="+", choices=[*(given.name for given in MODELS), "minilm"])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--cores", nargs="+", choices=CORES, default=CORES)
+    parser.add_argument("--float", action="store_true", help="float bundles instead of int8")
+    parser.add_argument("--assets", type=Path, metavar="ASSETS", help="what minilm is made from")
+    options = parser.parse_args()
+    if reason := root.missing():
+        print(reason, file=sys.stderr)
+        return 2
+    photos = foolbox(real_photos(), options.folder)
+    models = [*MODELS, *([_quantizers_files.given("minilm", options.folder / "minilm", options.assets)] if options.assets else [])]
+    results, precision = results_folder(), "float" if options.float else "int8"
+    path = results / f"{NAME}.json"
+    earlier: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    kept = {(row["model"], row["target"], row["precision"]): row for row in earlier}
+    for given in models:
+        for target in options.targets if not options.only or given.name in options.only else ():
+            kept[given.name, target, precision] = row_of(given, target, precision, options.cores, photos, options.folder)
+            order = {name: index for index, name in enumerate((*(item.name for item in MODELS), "minilm", *TARGETS, "int8", "float"))}
+            rows = [kept[key] for key in sorted(kept, key=lambda key: [order[part] for part in key])]
+            document = {"rows": rows, "missed": missed(rows)}
+            write(results, NAME, document, markdown(document, about(capture(1))))
+    page = path.with_suffix(".md")
+    print(page.read_text(encoding="utf-8") if page.is_file() else "")
+    return 1 if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["missed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

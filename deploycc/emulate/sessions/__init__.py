@@ -1,0 +1,1 @@
+"""One file = one runtime in the guest, named like the session that a bundle names."""

@@ -1,0 +1,1 @@
+"""One file = one runner: what runs a bundle on the device."""

@@ -1,0 +1,56 @@
+"""benchmarks/arm.py: the page, and when its bar is met."""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def arm(script):
+    return script("arm")
+
+
+def core(name, minsn, **changes):
+    item = {
+        "core": name, "ok": True, "refused": "", "agreement": 1.0, "multiplies": ["dot product (sdot, udot)"],
+        "distances": [{"max_lsb": 0.0}], "cost": {"minsn": minsn},
+    }  # fmt: skip
+    return item | changes
+
+
+def row(precision="int8", cores=(), **changes):
+    found = {"model": "lite0", "real": True, "target": "arm64-xnnpack", "precision": precision, "problem": "", "cores": list(cores)}
+    return found | {"bytes": 5e6, "emulator": "qemu 7.2.22", "differences": ["none"] * len(found["cores"])} | changes
+
+
+def test_costs_stand_side_by_side_and_never_as_times(arm):
+    rows = [row(cores=[core("cortex-a53", 160.0), core("cortex-a76", 64.0)]), row("float", [core("cortex-a76", 192.0)])]
+    page = arm.markdown({"rows": rows, "missed": arm.missed(rows)}, "this machine")
+    assert "| network | target | cortex-a53 | cortex-a76 |" in page
+    assert "| lite0 | arm64-xnnpack | 160.0 | 64.0 / 192.0 = 3.00 |" in page
+    assert "| lite0 | arm64-xnnpack | int8 | 5.00 | ok, none, 100 % | ok, none, 100 % | dot product (sdot, udot) |" in page
+    assert "`measured: false`" in page
+    assert " ms" not in page
+    assert "The bar is met." in page
+
+
+def test_what_does_not_meet_the_bar_is_named(arm):
+    rows = [
+        row(cores=[core("cortex-a53", None, ok=False, refused="the bundle needs x\n  fix: y", distances=[]), core("cortex-a76", 1.0)]),
+        row("float", [core("cortex-a76", 1.0, distances=[{"max_lsb": None}])]),
+        row(target="arm64-qnnpack", cores=[core("cortex-a76", 1.0, distances=[{"max_lsb": 2.0}])]),
+        row(target="arm64-onnxruntime", problem="no kernel for Foo"),
+    ]
+    assert arm.missed(rows) == [
+        "lite0, arm64-xnnpack, int8, cortex-a53: the bundle needs x",
+        "lite0, arm64-qnnpack, int8, cortex-a76: 2 steps of the output's scale from this machine's answers",
+        "lite0, arm64-onnxruntime, int8: no kernel for Foo",
+    ]
+    page = arm.markdown({"rows": rows, "missed": arm.missed(rows)}, "this machine")
+    assert "FAILED" in page
+    assert "The bar is missed:" in page
+
+
+def test_without_qemu_nothing_is_claimed(arm, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(arm.root, "missing", lambda: "there is no qemu")
+    monkeypatch.setattr(arm.sys, "argv", ["arm.py", str(tmp_path)])
+    assert arm.main() == 2
+    assert "there is no qemu" in capsys.readouterr().err
