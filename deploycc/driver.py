@@ -38,7 +38,7 @@ from deploycc.core.timing import Profiles
 from deploycc.decision import COMPILED, EAGER, FLOAT, Attempt, Outcome, best, check_limits, decide
 from deploycc.errors import DataNeeded, DeployError, Interrupted, MissingDependency, UsageError
 from deploycc.forms.module import example_feeds
-from deploycc.layers import FloatGraphs
+from deploycc.layers import FloatGraphs, inside
 from deploycc.package.bundle import Bundle, check_destination, write
 from deploycc.package.manifest import AttemptRecord, Contents, LimitCheck, record_attempt
 from deploycc.planning import Options, Plan, capture, command_line, declared_transform, find_source, plan
@@ -290,21 +290,21 @@ class _Job:
             outputs = [session.run(item) for item in feeds]
         records = [_record(FLOAT, outcome.parent), *(_record(_rung(index), item) for index, item in enumerate(outcome.attempts))]
         everything = [outcome.parent, *outcome.attempts]
-        layers, layer_ms = self.floats.layers(
-            shipped.artifact, shipped.built, self.planned.backend, self.context, native=self.planned.native
-        )
+        backend, native = self.planned.backend, self.planned.native
+        inner = inside(shipped.artifact, self.floats, shipped.built, backend, self.context, native=native)
         chosen = next(index for index, item in enumerate(everything) if item is shipped)
         return Contents(
             target=self.planned.target,
             artifact=shipped.artifact,
             built=shipped.built,
-            shipped=records[chosen].model_copy(update={"name": outcome.decision.shipped, "layers": layers}),
+            shipped=records[chosen].model_copy(update={"name": outcome.decision.shipped, "layers": inner.layers}),
             others=[record for index, record in enumerate(records) if index != chosen],
             decision=outcome.decision,
             detail=outcome.detail,
             limits=limits,
             bench=outcome.bench,
-            layer_ms=layer_ms,
+            layer_ms=inner.layer_ms,
+            profile=inner.profile,
             feeds=feeds,
             outputs=outputs,
             seed=self.options.seed,

@@ -8,11 +8,12 @@ time where the runtime's own profiler can give it on the target's machine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deploycc.core.artifact import Artifact, Form, Receipt
 from deploycc.core.contract import Backend, Built, Context, Observer, Pass
-from deploycc.core.timing import Profiles
+from deploycc.core.timing import Measures, Profiles
 from deploycc.debug import compare, rounds
 from deploycc.package.layers import LayerRecord, Layers
 
@@ -46,20 +47,62 @@ class FloatGraphs(Observer):
             self._of[receipt.digest] = self._given
         return receipt
 
-    def layers(
-        self, artifact: Artifact, built: Built, backend: Backend, context: Context, *, native: bool
-    ) -> tuple[Layers | None, dict[str, float]]:
-        """Of what ships, and their times where this is the target's own machine and the runtime has a profiler."""
-        given = self.of(artifact)
-        found = compared(artifact, given, context)
-        if given is None or found is None or not found.layers or not native or not isinstance(backend, Profiles):
-            return found, {}
-        return found, times(artifact, given, found, built, backend, context)
-
     def of(self, artifact: Artifact) -> Artifact | None:
         """The float graph of a result."""
         given = self._of.get(artifact.digest())
         return self._graphs[given] if given is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """What the report shows of the inside of what ships.
+
+    Attributes:
+        layers: its distance from float; None where it is float, or there were no data.
+        layer_ms: their times; empty where no profiler tells them.
+        profile: every operator against the machine's peaks, as `inspect --profile` tells it, where these have been measured before; or a
+            note of why there is none.
+    """
+
+    layers: Layers | None
+    layer_ms: Mapping[str, float] = field(default_factory=dict[str, float])
+    profile: Mapping[str, Any] | None = None
+
+
+def inside(artifact: Artifact, floats: FloatGraphs, built: Built, backend: Backend, context: Context, *, native: bool) -> Inside:
+    """Of what ships; times only where this is the target's own machine."""
+    given = floats.of(artifact)
+    found = compared(artifact, given, context)
+    if not native or built.runtime.get("provider", "cpu") != "cpu":
+        return Inside(found)
+    try:
+        layer_ms: dict[str, float] = {}
+        if isinstance(backend, Profiles) and given is not None and found is not None and found.layers:
+            layer_ms = times(artifact, given, found, built, backend, context)
+        return Inside(found, layer_ms, profiled(artifact, built, backend, context))
+    except Exception as error:  # noqa: BLE001  (as below)
+        return Inside(found, profile={"note": f"operators are not timed: {type(error).__name__}: {error}"})
+
+
+def profiled(artifact: Artifact, built: Built, backend: Backend, context: Context) -> dict[str, Any] | None:
+    """Every operator against the machine's peaks; None where no profiler tells them, or the peaks have never been measured."""
+    from deploycc.bench.roofline import known_peaks
+    from deploycc.forms.module import example_feeds
+    from deploycc.profiling import held, operator_rows
+
+    threads = context.target.bench.threads
+    peaks = known_peaks(threads) if isinstance(backend, Measures) else None
+    if peaks is None or not isinstance(backend, Measures):
+        return None
+    feeds = context.data.probe(artifact, PROFILED) or [example_feeds(built.signature)]
+    model = built.folder / built.files[0]
+    operators = backend.operators(model, built.signature, built.runtime, feeds, threads=threads, runs=PROFILE_RUNS)
+    return {
+        "threads": threads,
+        "measured_by": backend.measured_by,
+        "operators": operator_rows(held(operators, peaks)),
+        "peaks": peaks.model_dump(mode="json"),
+    }
 
 
 def compared(artifact: Artifact, given: Artifact | None, context: Context) -> Layers | None:

@@ -90,9 +90,14 @@ def profile(thing: str, *, inputs: InputShapes, weights: Path | None, random_wei
         with opened.open() as session:
             call_ms, fastest_ms = _call_ms(session, opened.feeds, runs)
     peaks = machine_peaks(threads)
-    each = tuple((item, roof(peaks, {item.precision: item.macs or 0}, item.bytes, item.milliseconds)) for item in operators)
+    each = held(operators, peaks)
     whole = None if macs is None else roof(peaks, macs, None, call_ms)
     return Profile(thing, threads, measured_by, call_ms, fastest_ms, each, whole, peaks)
+
+
+def held(operators: Sequence[OperatorTime], peaks: Peaks) -> tuple[tuple[OperatorTime, Roof], ...]:
+    """Every operator against the peaks."""
+    return tuple((item, roof(peaks, {item.precision: item.macs or 0}, item.bytes, item.milliseconds)) for item in operators)
 
 
 def _operators(opened: _Opened, threads: int, runs: int) -> tuple[list[OperatorTime], str]:
@@ -246,7 +251,6 @@ def with_roofs(result: BenchResult, *, inputs: InputShapes, weights: Path | None
 
 def plain(found: Profile) -> dict[str, Any]:
     """For --json."""
-    total = sum(item.milliseconds for item, _ in found.operators)
     return {
         "threads": found.threads,
         "measured_by": found.measured_by,
@@ -254,21 +258,27 @@ def plain(found: Profile) -> dict[str, Any]:
         "fastest_ms": found.fastest_ms,
         "outside_ms": found.outside_ms,
         "whole": None if found.whole is None else found.whole.model_dump(mode="json"),
-        "operators": [
-            {
-                "name": item.name,
-                "operator": item.operator,
-                "precision": item.precision,
-                "ms": item.milliseconds,
-                "share_of_time": item.milliseconds / total if total else None,
-                "calls": item.calls,
-                "macs": item.macs,
-                "bytes": item.bytes,
-                "gmacs_per_second": reached.gmacs_per_second,
-                "share_of_peak": reached.share,
-                "bound": reached.bound,
-            }
-            for item, reached in found.operators
-        ],
+        "operators": operator_rows(found.operators),
         "peaks": found.peaks.model_dump(mode="json"),
     }
+
+
+def operator_rows(operators: Sequence[tuple[OperatorTime, Roof]]) -> list[dict[str, Any]]:
+    """Each as plain values."""
+    total = sum(item.milliseconds for item, _ in operators)
+    return [
+        {
+            "name": item.name,
+            "operator": item.operator,
+            "precision": item.precision,
+            "ms": item.milliseconds,
+            "share_of_time": item.milliseconds / total if total else None,
+            "calls": item.calls,
+            "macs": item.macs,
+            "bytes": item.bytes,
+            "gmacs_per_second": reached.gmacs_per_second,
+            "share_of_peak": reached.share,
+            "bound": reached.bound,
+        }
+        for item, reached in operators
+    ]

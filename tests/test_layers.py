@@ -11,9 +11,13 @@ from test_quantize_static import context as calibrated
 from test_quantize_static import residual
 
 from deploycc import layers
+from deploycc.bench import roofline
+from deploycc.bench.roofline import Peak, Peaks
 from deploycc.core.artifact import ModelStats, Receipt
+from deploycc.core.contract import Built
 from deploycc.core.target import Quant
-from deploycc.core.timing import NodeTime
+from deploycc.core.timing import NodeTime, OperatorTime
+from deploycc.package.report.plots import roofline as drawn
 from deploycc.passes.fold_constants import FoldConstants
 from deploycc.passes.quantize_static import QuantizeStatic
 
@@ -82,7 +86,55 @@ def test_what_cannot_be_compared_costs_nothing_and_is_told(run, monkeypatch):
     found = layers.compared(after, floats.of(after), context)
     assert found.layers == ()
     assert "RuntimeError: no such kernel" in found.note
-    assert floats.layers(after, None, None, context, native=True) == (found, {})
+    assert layers.inside(after, floats, None, None, context, native=False) == layers.Inside(found)
+
+
+class Runtime:
+    """A backend that tells the time of one operator."""
+
+    measured_by = "the test's clock"
+
+    def profile(self, built, target, feeds, *, runs):
+        return [NodeTime("c1", "QLinearConv", 0.5)]
+
+    def operators(self, model, signature, runtime, feeds, *, threads, runs):
+        return [OperatorTime("c1", "QLinearConv", "int8", 0.5, 1, 1_000_000, 10_000)]
+
+
+def built(artifact, **runtime):
+    return Built(Path(), ("model.onnx",), runtime, artifact.signature, None)
+
+
+def test_operators_are_held_against_peaks_that_are_known_and_only_then(run, monkeypatch):
+    _, after, floats, context = run
+    known = Peaks(
+        threads=1,
+        peaks={"int8": Peak(macs=1e10, library="x", shape=None, others={})},
+        bandwidth=((10**6, 1e9),),
+    )
+    monkeypatch.setattr(roofline, "known_peaks", lambda threads: known)
+    found = layers.inside(after, floats, built(after), Runtime(), context, native=True)
+    (row,) = found.profile["operators"]
+    assert row["share_of_peak"] == pytest.approx(0.2)
+    assert found.profile["measured_by"] == "the test's clock"
+    assert drawn.read(found.profile).peaks == {"int8": 10.0}
+    assert layers.inside(after, floats, built(after), SimpleNamespace(), context, native=True).profile is None
+    assert layers.inside(after, floats, built(after), Runtime(), context, native=False) == layers.Inside(found.layers)
+    assert layers.inside(after, floats, built(after, provider="cuda"), Runtime(), context, native=True) == layers.Inside(found.layers)
+    monkeypatch.setattr(roofline, "known_peaks", lambda threads: None)
+    assert layers.inside(after, floats, built(after), Runtime(), context, native=True).profile is None
+
+
+def test_a_profiler_that_fails_costs_nothing_and_is_told(run):
+    _, after, floats, context = run
+
+    class Broken(Runtime):
+        def profile(self, built, target, feeds, *, runs):
+            raise RuntimeError("no clock")
+
+    found = layers.inside(after, floats, built(after), Broken(), context, native=True)
+    assert found.layers is not None
+    assert found.profile == {"note": "operators are not timed: RuntimeError: no clock"}
 
 
 def test_without_data_there_is_nothing_to_compare_on(run):

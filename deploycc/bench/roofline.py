@@ -167,6 +167,11 @@ def machine_peaks(threads: int) -> Peaks:
     return found
 
 
+def known_peaks(threads: int) -> Peaks | None:
+    """This machine's, where they have been measured before."""
+    return _read(default_root() / "peaks" / f"{key(capture(threads))}.json")
+
+
 def key(environment: Environment) -> str:
     """SHA-256 of everything that peaks depend on."""
     facts = {

@@ -131,6 +131,7 @@ class Run(_Record):
         limits: checks of limits on time and memory.
         bench: interleaved latencies with raw samples and environment; None when this machine is not the target.
         layer_ms: ms of one call by the tensors of `shipped.layers`, where the runtime's profiler could tell.
+        profile: time of every operator and the machine's peaks (`inspect --profile --json`), where these were known; or a note.
         race: of the targets that this bundle won against; None where it was compiled alone.
         files: entries of files that show measured times (the report).
         digest: SHA-256 of the whole manifest without this value.
@@ -143,6 +144,7 @@ class Run(_Record):
     limits: tuple[LimitCheck, ...] = ()
     bench: BenchResult | None = None
     layer_ms: dict[str, float] = Field(default_factory=dict[str, float])
+    profile: dict[str, Any] | None = None
     race: Race | None = None
     files: tuple[FileEntry, ...] = ()
     digest: str = ""
@@ -242,6 +244,7 @@ class Contents:
         limits: how the shipped artifact stands to every limit.
         bench: interleaved latencies, or None.
         layer_ms: times of the layers of what ships.
+        profile: times of its operators, with the machine's peaks.
         feeds: a few real inputs of the shipped model; empty without data.
         outputs: what the built model answered to them.
         seed: of every random choice.
@@ -260,6 +263,7 @@ class Contents:
     limits: Sequence[LimitCheck] = ()
     bench: BenchResult | None = None
     layer_ms: Mapping[str, float] = field(default_factory=dict[str, float])
+    profile: Mapping[str, Any] | None = None
     feeds: Sequence[dict[str, Any]] = ()
     outputs: Sequence[dict[str, Any]] = ()
     seed: int
@@ -289,6 +293,7 @@ def describe(contents: Contents) -> Manifest:
             limits=tuple(check for check in contents.limits if check.name in TIMED_LIMITS),
             bench=contents.bench,
             layer_ms=dict(contents.layer_ms),
+            profile=None if contents.profile is None else dict(contents.profile),
         ),
     )
 

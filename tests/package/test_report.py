@@ -274,6 +274,13 @@ def test_advice_names_what_was_missed(make_contents: Callable[..., Contents]):
     assert again == "deploycc compile tiny.onnx --target x86"
 
 
+def test_a_roofline_that_is_missing_is_told(contents: Contents):
+    assert "No roofline: it needs" in render(describe(contents))
+    told = render(describe(replace(contents, profile={"note": "no <clock>"})))
+    assert "no &lt;clock&gt;" in told
+    assert "No roofline" not in told
+
+
 def test_kernels_that_saturate_are_named(contents: Contents):
     wrong = LAYERS.layers[1].model_copy(update={"kernel_db": 6.0})
     shipped = contents.shipped.model_copy(update={"layers": LAYERS.model_copy(update={"layers": (LAYERS.layers[0], wrong)})})

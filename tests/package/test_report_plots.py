@@ -211,6 +211,7 @@ def test_a_roofline_is_drawn_of_operators_whose_work_is_known():
     assert plot.table.rows[1][-2:] == ("20.0 %", "–")
     assert "peaks may be higher" in plot.caption
     assert roofline.read(None) is None
+    assert roofline.read({"note": "no clock"}) is None
     assert roofline.read(profile(operator(macs=None))) is None
     assert drawn(roofline, of_profile("x", profile())) == []
 

@@ -14,6 +14,10 @@ from deploycc.package.report.drawing import Plot
 from deploycc.package.report.plots import figures
 from deploycc.package.report.subject import Subject, of_manifest
 
+NO_ROOFLINE = (
+    "No roofline: it needs this machine's peaks, which `deploycc inspect BUNDLE --profile` measures once, and a runtime that tells the "
+    "time of its operators."
+)
 TOLD = 6  # warnings that are seen at once
 
 
@@ -31,7 +35,7 @@ def subjects_of(manifest: Manifest, name: str = "", key: str = "") -> list[Subje
         first = replace(first, name=name)
     if first.race is None:
         return [first]
-    return [replace(first, manifest=None, name=f"{manifest.source}: the race"), of_manifest(manifest, f"{key}own-", own=True)]
+    return [replace(first, manifest=None, profile=None, name=f"{manifest.source}: the race"), of_manifest(manifest, f"{key}own-", own=True)]
 
 
 def page(subjects: Sequence[Subject], title: str = "") -> str:
@@ -66,6 +70,17 @@ def theme() -> Mapping[str, Mapping[str, str]]:
     }
 
 
+def missing(subject: Subject) -> list[str]:
+    """Why a figure of the inside of what ships is not there."""
+    if subject.manifest is None:
+        return []
+    layers, profile = subject.manifest.shipped.layers, subject.profile
+    notes = [layers.note] if layers and layers.note else []
+    if profile is None and subject.bench is not None:
+        notes.append(NO_ROOFLINE)
+    return [*notes, str(profile["note"])] if profile and "note" in profile else notes
+
+
 def breakable(text: str) -> Any:
     """Escaped, with places where a long name may break."""
     from markupsafe import Markup, escape
@@ -90,6 +105,7 @@ def _part(subject: Subject) -> dict[str, Any]:
         "told": TOLD,
         "environment": timing.environment(bench) if bench else (),
         "advice": advice(subject),
+        "missing": missing(subject),
         "size": sum(entry.bytes for entry in manifest.files) if manifest else 0,
         "command": manifest.measured.command if manifest else subject.race.command if subject.race else "",
     }

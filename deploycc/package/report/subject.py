@@ -90,7 +90,7 @@ def of_manifest(manifest: Manifest, key: str = "", *, own: bool = False) -> Subj
     """A bundle; with its race, where it won one and `own` does not ask for its own candidates."""
     race = None if own else manifest.measured.race
     name = f"{manifest.source} for {manifest.target['name']}"
-    return Subject(name, key, manifest, race, race.bench if race else manifest.measured.bench)
+    return Subject(name, key, manifest, race, race.bench if race else manifest.measured.bench, profile=manifest.measured.profile)
 
 
 def of_race(name: str, race: Race, key: str = "") -> Subject:

@@ -84,9 +84,8 @@ def _more(item: Measurement) -> Iterator[tuple[str, str]]:
     if item.served is not None:
         within = "" if item.served.within is None else f", {percent(item.served.within)} within the bound"
         yield "Served", f"{item.served.achieved_qps:.4g} of {item.served.offered_qps:.4g} queries a second{within}"
-    roof = getattr(item, "roof", None)
-    if roof is not None and roof.compute_share is not None:
-        yield "Of the peak", percent(roof.compute_share)
+    if item.roof is not None and item.roof.compute_share is not None:
+        yield "Of the peak", percent(item.roof.compute_share)
     if item.energy is not None:
         yield "mJ a call", f"{item.energy.millijoules:.3g} ({item.energy.source})"
 

@@ -87,7 +87,7 @@ def draw(subject: Subject) -> list[Plot]:
 
 def read(profile: Mapping[str, Any] | None) -> Roofline | None:
     """From a profile; None without peaks, or an operator that can be drawn."""
-    if profile is None:
+    if profile is None or "note" in profile:
         return None
     known: Mapping[str, Any] = profile["peaks"]
     peaks = {str(name): facts["macs"] / 1e9 for name, facts in known["peaks"].items() if facts["macs"]}
