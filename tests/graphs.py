@@ -10,7 +10,7 @@ import pytest
 
 from deploycc.core import target
 from deploycc.core.artifact import Artifact, Form, Outputs
-from deploycc.core.contract import Context
+from deploycc.core.contract import Context, Sample
 from deploycc.core.data import Data
 from deploycc.core.registry import FORMS
 from deploycc.forms import onnx as form
@@ -51,6 +51,25 @@ def context(artifact: Artifact, **tables: Any) -> Context:
     """Without data; `runtime=` and `quant=` replace what the target says."""
     made = target.Target.model_validate({**FACTS, "quant": {"reduce_range": True}, **tables})
     return Context(made, artifact, Data(None), seed=0, workdir=Path())
+
+
+class Arrays:
+    """Samples of one input, `x`, that carry no labels."""
+
+    def __init__(self, arrays: np.ndarray) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample({"x": self.arrays[index]}, None, f"sample {index}")
+
+    def label(self, index: int) -> None:
+        return None
+
+    def digest(self, index: int) -> str:
+        return str(index)
 
 
 def outputs(artifact: Artifact, feeds: dict[str, np.ndarray] | None = None) -> Outputs:

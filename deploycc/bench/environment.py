@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import re
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from deploycc.bench import process
-from deploycc.runtime import cuda
-from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
+from deploycc.runtime import record
+from deploycc.runtime.machine import cpu_flags
+from deploycc.runtime.record import text
 
-# The extensions that decide which kernels a runtime picks.
-ISA = (
-    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
-    *("amx_tile", "amx_int8", "amx_bf16"),
-    *("asimd", "asimdhp", "fphp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
-)
-LIBRARIES = ("numpy", "torch", "torchvision", "onnx", "onnx-ir", "onnxruntime", "openvino", "executorch", "tensorrt")
 SMT = Path("/sys/devices/system/cpu/smt/active")
 NO_TURBO = Path("/sys/devices/system/cpu/intel_pstate/no_turbo")
 BOOST = Path("/sys/devices/system/cpu/cpufreq/boost")
 ENVIRON = Path("/proc/self/environ")
 MEMINFO = Path("/proc/meminfo")
 MEMORY_MAX = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 # Unlike in one of these: not comparable. Of the later ones files of version 1 know nothing, and nothing is compared with nothing.
 MACHINE = ("cpu_model", "arch", "isa", "cores", "cpu_limit", "governor", "virtual", "gpu")
@@ -102,26 +92,13 @@ class Environment(BaseModel):
 
 
 def capture(threads: int) -> Environment:
-    """The environment of this process, for sessions with `threads` threads."""
-    flags = cpu_flags()
+    """The environment of this process, for sessions with `threads` threads: what a device tells of itself, and more."""
     return Environment(
-        cpu_model=cpu_model(),
-        arch=cpu_arch(),
-        isa=tuple(flag for flag in ISA if flag in flags),
-        cores=available_cores(),
-        cpu_limit=_cpu_limit(CPU_MAX),
-        governor=_text(GOVERNOR),
-        virtual="hypervisor" in flags if flags else None,
-        system=f"{platform.system()} {platform.release()}",
-        python=platform.python_version(),
-        libraries={name: version for name in LIBRARIES if (version := _version(name)) is not None},
-        threads=threads,
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        gpu=f"{found.name}, driver {found.driver}" if (found := cuda.gpu()) else None,
-        flags=tuple(sorted(flags)),
+        **record.environment(threads),
+        flags=tuple(sorted(cpu_flags())),
         affinity=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else None,
         allocator=process.allocator(),
-        smt={"1": True, "0": False}.get(_text(SMT) or ""),
+        smt={"1": True, "0": False}.get(text(SMT) or ""),
         turbo=_turbo(),
         memory_mb=_memory_mb(),
         variables=_variables(),
@@ -146,30 +123,6 @@ def software_differences(a: Environment, b: Environment) -> tuple[str, ...]:
     return tuple(f"{name}: {left} and {right}" for name, left, right in pairs if left != right)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text().strip() or None
-    except OSError:
-        return None
-
-
-def _cpu_limit(path: Path) -> float | None:
-    """CPUs granted by a cgroup v2 `cpu.max` ("QUOTA PERIOD" in µs, or "max PERIOD"), or by the two files of version 1 beside it."""
-    text = _text(path) or f"{_text(path.parent / 'cpu' / 'cpu.cfs_quota_us')} {_text(path.parent / 'cpu' / 'cpu.cfs_period_us')}"
-    try:
-        quota, period = (int(part) for part in text.split())
-    except ValueError:
-        return None
-    return quota / period if quota > 0 and period > 0 else None  # version 1 says -1 for none
-
-
 def _variables() -> dict[str, str]:
     """Those this process was started with (libraries set some of their own for their children), where the kernel shows them."""
     try:
@@ -182,14 +135,14 @@ def _variables() -> dict[str, str]:
 
 def _turbo() -> bool | None:
     """Whether the clock may rise above its nominal value."""
-    if (off := _text(NO_TURBO)) is not None:
+    if (off := text(NO_TURBO)) is not None:
         return off == "0"
-    return None if (on := _text(BOOST)) is None else on == "1"
+    return None if (on := text(BOOST)) is None else on == "1"
 
 
 def _memory_mb() -> int | None:
     """Memory of the machine, or what its control group grants where that is less."""
-    total = re.search(r"^MemTotal:\s*(\d+) kB$", _text(MEMINFO) or "", re.MULTILINE)
+    total = re.search(r"^MemTotal:\s*(\d+) kB$", text(MEMINFO) or "", re.MULTILINE)
     known = [int(total[1]) * 1024] if total else []
-    known += [int(text) for path in MEMORY_MAX if (text := _text(path)) is not None and text.isdigit()]
+    known += [int(said) for path in MEMORY_MAX if (said := text(path)) is not None and said.isdigit()]
     return min(known) // 1_000_000 if known else None

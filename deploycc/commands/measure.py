@@ -15,6 +15,7 @@ from deploycc.errors import UsageError
 if TYPE_CHECKING:
     from deploycc.bench.result import BenchResult
     from deploycc.bench.scenario import Scenario
+    from deploycc.benching import Request
     from deploycc.core.target import Bench
 
 ACROSS_HELP = "Compare results of unlike machines too; what differs is printed."
@@ -80,11 +81,12 @@ def bench(
     With --device one bundle is copied to each device, checked and measured there, and removed. Exit status 1: a device failed; 3: slower
     than --against by more than --max-slowdown, beyond doubt.
     """
-    from deploycc import render_bench
     from deploycc.bench import comparison, process, summaries
     from deploycc.bench.result import load
     from deploycc.bench.scenario import parse_share
-    from deploycc.errors import UsageError
+    from deploycc.benching import Request
+    from deploycc.planning import parse_shapes
+    from deploycc.render_bench import gate as gate_lines
 
     refuse(device, keep=keep, no_resume=not resume, timeout=timeout, device_python=device_python)
     if device:
@@ -93,6 +95,7 @@ def bench(
         refuse(device, percentile=percentile, loadgen=loadgen, pictures=pictures, affinity=affinity, allocator=allocator)
         refuse(device, max_width=max_width, max_seconds=max_seconds, cold=cold != COLD_STARTS, against=against)
         refuse(device, max_slowdown=max_slowdown != MAX_SLOWDOWN, across_machines=across_machines, junit=junit, markdown=markdown)
+        refuse(device, no_roofline=not roofline)
         if len(models) != 1:
             raise UsageError(
                 f"--device takes one bundle, not {len(models)}", fix="bench one after the other, and compare what --save wrote"
@@ -111,28 +114,32 @@ def bench(
             seconds=min_seconds,
             runs=min_runs,
         )
+    if against is None and (across_machines or max_slowdown != MAX_SLOWDOWN):
+        option = "--across-machines" if across_machines else "--max-slowdown"
+        raise UsageError(f"{option} is about --against, and there is none", fix="add --against BASELINE.json, or leave it out")
     allowed, baseline = parse_share("--max-slowdown", max_slowdown), load(against) if against else None
     if allocator is not None:
         process.ensure_allocator(allocator)
     if affinity is not None:
         process.pin(affinity)
-    settings = _settings(threads or 1, min_seconds or 2.0, min_runs or 30, max_width, max_seconds)
-    queries = _scenario(scenario, streams, batch, qps, latency_bound, percentile)
-    if targets is not None:
-        result = _shoot_out(models, targets, data, inputs, weights, random_weights, settings, queries, loadgen, pictures, seed, json)
-    else:
-        result = _bench(models, data, inputs, weights, random_weights, settings, queries, loadgen, pictures, seed, cold)
-        if roofline:
-            result = _with_roofs(result, inputs, weights, random_weights)
-        if json:
-            emit(result.model_dump(mode="json"))
-        else:
-            for part in render_bench.bench(result):
-                show(part)
+    request = Request(
+        models=models,
+        data=data,
+        inputs=parse_shapes(inputs or []),
+        weights=weights,
+        random_weights=random_weights,
+        settings=_settings(threads or 1, min_seconds or 2.0, min_runs or 30, max_width, max_seconds),
+        scenario=_scenario(scenario, streams, batch, qps, latency_bound, percentile),
+        by_loadgen=loadgen,
+        fresh_starts=cold,
+        pictures=pictures,
+        seed=seed,
+    )
+    result = _measured(request, roofline, json) if targets is None else _shoot_out(request, targets, roofline, json)
     if save:
         result.save(save)
     gate = comparison.slowdowns(baseline, result, allowed, across_machines=across_machines) if baseline else ()
-    for line in render_bench.gate(gate):
+    for line in gate_lines(gate):
         print(line, file=sys.stderr if json else sys.stdout)
     if junit:
         summaries.write(junit, summaries.junit(result, gate))
@@ -168,88 +175,62 @@ def _scenario(
     )
 
 
-def _bench(
-    models: list[str],
-    data: str | None,
-    inputs: list[str] | None,
-    weights: Path | None,
-    random_weights: bool,
-    settings: Bench,
-    scenario: Scenario,
-    loadgen: bool,
-    pictures: Path | None,
-    seed: int,
-    cold: int,
-) -> BenchResult:
+def _measured(request: Request, roofline: bool, json: bool) -> BenchResult:
     """What is there, as it is."""
-    from deploycc.benching import Request, bench_all
-    from deploycc.planning import parse_shapes
+    from deploycc import render_bench
+    from deploycc.benching import bench_all
 
-    request = Request(
-        models=models,
-        data=data,
-        inputs=parse_shapes(inputs or []),
-        weights=weights,
-        random_weights=random_weights,
-        settings=settings,
-        scenario=scenario,
-        by_loadgen=loadgen,
-        fresh_starts=cold,
-        pictures=pictures,
-        seed=seed,
-    )
     with progress_bar() as progress:
-        return bench_all(request, progress)
+        result = bench_all(request, progress)
+    if roofline:
+        result = _with_roofs(result, request)
+    if json:
+        emit(result.model_dump(mode="json"))
+    else:
+        for part in render_bench.bench(result):
+            show(part)
+    return result
 
 
-def _with_roofs(result: BenchResult, inputs: list[str] | None, weights: Path | None, random_weights: bool) -> BenchResult:
+def _with_roofs(result: BenchResult, request: Request) -> BenchResult:
     """Shares of the peaks; where these cannot be measured, that is said, and the result stays as it is."""
     from deploycc import profiling
     from deploycc.errors import BenchError
-    from deploycc.planning import parse_shapes
 
     try:
-        return profiling.with_roofs(result, inputs=parse_shapes(inputs or []), weights=weights, random_weights=random_weights)
+        return profiling.with_roofs(result, inputs=request.inputs, weights=request.weights, random_weights=request.random_weights)
     except BenchError as error:
         print(f"note: {error.what}", file=sys.stderr)
         return result
 
 
-def _shoot_out(
-    models: list[str],
-    targets: str,
-    data: str | None,
-    inputs: list[str] | None,
-    weights: Path | None,
-    random_weights: bool,
-    settings: Bench,
-    scenario: Scenario,
-    loadgen: bool,
-    pictures: Path | None,
-    seed: int,
-    json: bool,
-) -> BenchResult:
+def _shoot_out(request: Request, targets: str, roofline: bool, json: bool) -> BenchResult:
     """One model compiled for several targets, and what shipped."""
     from deploycc import contest, render_contest
     from deploycc.bench.scenario import Scenario
-    from deploycc.planning import Options, parse_shapes
+    from deploycc.planning import Options
 
-    if len(models) != 1:
-        raise UsageError(f"--targets takes one model, not {len(models)}", fix="bench the bundles of several models, without --targets")
-    if scenario != Scenario() or loadgen or pictures:
+    if len(request.models) != 1:
+        raise UsageError(
+            f"--targets takes one model, not {len(request.models)}", fix="bench the bundles of several models, without --targets"
+        )
+    further = request.scenario != Scenario() or request.by_loadgen or request.pictures or request.fresh_starts != COLD_STARTS
+    if further or not roofline:
         raise UsageError(
             "--targets measures single-stream latency only", fix="compile for each target, and bench the bundles with the other options"
         )
     options = Options(
-        data=data,
-        inputs=parse_shapes(inputs or []),
-        weights=weights,
-        random_weights=random_weights,
-        threads=settings.threads,
-        seed=seed,
+        data=request.data,
+        inputs=request.inputs,
+        weights=request.weights,
+        random_weights=request.random_weights,
+        threads=request.settings.threads,
+        seed=request.seed,
     )
     with progress_bar() as progress:
-        found = contest.shoot_out(models[0], options, targets, settings, progress, lambda line: print(line, file=sys.stderr))
+        found = contest.shoot_out(
+            request.models[0], options, targets, request.settings, progress, lambda line: print(line, file=sys.stderr)
+        )
     if json:
         emit(render_contest.contest_json(found) | {"bundle": None})
     else:

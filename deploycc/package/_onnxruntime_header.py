@@ -1,13 +1,16 @@
 """The C header of ONNX Runtime, which its wheels lack: of Debian 13's package libonnxruntime-dev, kept in the cache.
 
 ONNX Runtime's C API is one table of functions that only grows: a program that asks for version 21 of it runs with every later library.
-The archive is checked against its SHA-256; of it, only the header is unpacked, by Python's own reader.
+The package is fetched from the mirrors that this machine's apt uses (apt-get(8), indextargets): the pool of a Debian mirror holds those of
+all releases. It is checked against its SHA-256; of it, only the header is unpacked, by Python's own reader.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import shutil
+import subprocess
 import tarfile
 import tempfile
 import urllib.error
@@ -19,7 +22,8 @@ from deploycc.errors import MissingDependency, StoreError
 
 HEADER = "onnxruntime_c_api.h"
 INSIDE = f"./usr/include/onnxruntime/{HEADER}"
-URL = "http://deb.debian.org/debian/pool/main/o/onnxruntime/libonnxruntime-dev_1.21.0+dfsg-1_amd64.deb"
+PACKAGE = "libonnxruntime-dev_1.21.0+dfsg-1_amd64.deb"
+POOL = f"pool/main/o/onnxruntime/{PACKAGE}"
 SHA256 = "14f7d959d5deacbcf1504830d4189f91fc67382b399ed9ae9d3aa9c4050ced08"
 TIMEOUT_SECONDS = 60
 AR_MAGIC = b"!<arch>\n"
@@ -48,16 +52,29 @@ def include_folder() -> Path:
 
 
 def _fetched() -> bytes:
-    by_hand = f"check the network, or put {HEADER} into {default_root() / 'onnxruntime-header-1.21.0'} by hand"
-    try:
-        with urllib.request.urlopen(URL, timeout=TIMEOUT_SECONDS) as answer:
-            content: bytes = answer.read()
-    except (urllib.error.URLError, OSError) as error:
-        raise MissingDependency(f"{URL} cannot be fetched: {getattr(error, 'reason', None) or error}", fix=by_hand) from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256:
-        raise MissingDependency(f"{URL} was changed: its SHA-256 should be {SHA256}, it is {found}", fix=by_hand)
-    return content
+    by_hand = f"put {HEADER} of ONNX Runtime 1.21 into {default_root() / 'onnxruntime-header-1.21.0'} by hand"
+    why = "this machine's package sources name no mirror"
+    for mirror in mirrors():
+        try:
+            with urllib.request.urlopen(f"{mirror.rstrip('/')}/{POOL}", timeout=TIMEOUT_SECONDS) as answer:
+                content: bytes = answer.read()
+        except (urllib.error.URLError, OSError) as error:
+            why = str(getattr(error, "reason", None) or error)
+            continue
+        found = hashlib.sha256(content).hexdigest()
+        if found == SHA256:
+            return content
+        why = f"its SHA-256 should be {SHA256}, it is {found}"
+    raise MissingDependency(f"Debian's {PACKAGE} cannot be fetched: {why}", fix=f"check the network and apt's sources, or {by_hand}")
+
+
+def mirrors() -> list[str]:
+    """Addresses of the archives that this machine's apt reads, each once; none where there is no apt."""
+    if shutil.which("apt-get") is None:
+        return []
+    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
+    return [line for line in dict.fromkeys(done.stdout.split()) if line.startswith(("http://", "https://"))]
 
 
 def _unpacked(package: bytes) -> bytes:
@@ -67,7 +84,7 @@ def _unpacked(package: bytes) -> bytes:
             with tarfile.open(fileobj=io.BytesIO(content)) as archive:
                 if INSIDE in archive.getnames() and (file := archive.extractfile(INSIDE)):
                     return file.read()
-    raise MissingDependency(f"{URL} holds no {INSIDE}", fix=f"put {HEADER} of ONNX Runtime 1.21 into the cache by hand")
+    raise MissingDependency(f"Debian's {PACKAGE} holds no {INSIDE}", fix=f"put {HEADER} of ONNX Runtime 1.21 into the cache by hand")
 
 
 def _members(archive: bytes) -> list[tuple[str, bytes]]:

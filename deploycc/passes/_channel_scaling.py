@@ -10,7 +10,8 @@ import numpy as np
 
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import CLOSE, Context, Pass
-from deploycc.errors import NothingToDo, PreconditionError
+from deploycc.errors import NothingToDo
+from deploycc.passes._float_graph import numbers, put_numbers, refuse_quantized
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,8 +46,7 @@ class ChannelScaling(Pass):
 
     def requires(self, artifact: Artifact, context: Context) -> None:
         """A float graph, and samples to see the ranges of."""
-        if artifact.quant is not None or any(node.op_type == "QuantizeLinear" for node in artifact.model.graph):
-            raise PreconditionError("the model is quantized already", fix=f"put {self.name} before the pass that quantizes")
+        refuse_quantized(artifact, f"put {self.name} before the pass that quantizes")
         context.data.part("calibration")  # raises DataNeeded before anything slow
 
     def scaled(
@@ -73,7 +73,7 @@ class ChannelScaling(Pass):
             raise NothingToDo(f"the model has no {what}", fix=f"leave {self.name} out")
         seen = _statistics(model, found, artifact, context)
         told = [told for group in found if (told := self._scale(group, seen, scalers, context))]
-        for node in [node for node in model.graph if node.name in scalers and (_array(_constant(node)) == 1).all()]:
+        for node in [node for node in model.graph if node.name in scalers and (numbers(_constant(node)) == 1).all()]:
             _bypass(node)
         if not told:
             raise NothingToDo(f"the channels of all {len(found)} groups are best as they are", fix=f"leave {self.name} out")
@@ -87,7 +87,7 @@ class ChannelScaling(Pass):
         quant = context.target.quant
         levels = 65536 if quant.activations == "int16" else 256
         most = 63 if quant.reduce_range else 127
-        readings = [Reading(seen[reader.tensor], _by_channel(_array(reader.weight.value), reader.weight)) for reader in group.readers]
+        readings = [Reading(seen[reader.tensor], _by_channel(numbers(reader.weight.value), reader.weight)) for reader in group.readers]
         k, share = choose(readings, levels, most, per_channel=quant.per_channel, alpha=self.alpha)
         name = group.writers[0].node.name
         if share == 1.0 or (name in scalers and share > WORTH and self.alpha is None):
@@ -115,11 +115,6 @@ def _statistics(model: ir.Model, found: Sequence[Group], artifact: Artifact, con
     return channels
 
 
-def _array(value: ir.Value) -> np.ndarray:
-    assert value.const_value is not None  # a group's constants are
-    return value.const_value.numpy().astype(np.float64)
-
-
 def _constant(node: ir.Node) -> ir.Value:
     """Of a Mul that was put in."""
     value = node.inputs[1]
@@ -144,18 +139,11 @@ def _by_channel(weight: np.ndarray, part: Weight) -> np.ndarray:
 
 def _multiply(part: Weight, factors: np.ndarray) -> None:
     """The constant times one factor per channel."""
-    old = _array(part.value)
+    old = numbers(part.value)
     if part.blocks > 1:
         rows = _by_channel(old, part) * factors.reshape(part.blocks, 1, -1, 1)
-        _replace(part.value, rows.reshape(old.shape))
+        put_numbers(part.value, rows.reshape(old.shape))
         return
     shape = [1] * old.ndim
     shape[part.axis] = -1
-    _replace(part.value, old * factors.reshape(shape))
-
-
-def _replace(value: ir.Value, array: np.ndarray) -> None:
-    """New numbers under the same name; other copies of the model keep theirs."""
-    import onnx_ir as ir
-
-    value.const_value = ir.tensor(array.astype(np.float32), name=value.name)
+    put_numbers(part.value, old * factors.reshape(shape))

@@ -10,6 +10,7 @@ from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import LOSSY, Context, Pass
 from deploycc.core.timing import clock
 from deploycc.errors import PreconditionError, UnknownName, UnsupportedError
+from deploycc.passes._float_graph import refuse_quantized
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -81,8 +82,7 @@ class StaticOptions(Pass):
             raise PreconditionError(
                 f"target '{context.target.name}' has no integer activations (quant.activations = {kind})", fix=NOT_INTEGER[kind]
             )
-        if artifact.quant is not None or any(node.op_type == "QuantizeLinear" for node in artifact.model.graph):
-            raise PreconditionError("the model is quantized already", fix=f"start from the float model, or leave {self.name} out")
+        refuse_quantized(artifact, f"start from the float model, or leave {self.name} out")
         names = {node.name for node in artifact.model.graph}
         if missing := [name for name in self.skip if name not in names]:
             raise UnknownName(f"skip: the graph has no operator '{missing[0]}'", fix="`deploycc inspect MODEL.onnx` lists the operators")

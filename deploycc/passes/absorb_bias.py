@@ -25,8 +25,9 @@ import numpy as np
 
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import CLOSE, Context, Pass
-from deploycc.errors import NothingToDo, PreconditionError
+from deploycc.errors import NothingToDo
 from deploycc.passes._dialects import is_constant, only_reader
+from deploycc.passes._float_graph import numbers, put_numbers, refuse_quantized
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -58,8 +59,7 @@ class AbsorbBias(Pass):
 
     def requires(self, artifact: Artifact, context: Context) -> None:
         """A float graph, and samples to see the layers' outputs of."""
-        if artifact.quant is not None or any(node.op_type == "QuantizeLinear" for node in artifact.model.graph):
-            raise PreconditionError("the model is quantized already", fix=f"put {self.name} before the pass that quantizes")
+        refuse_quantized(artifact, f"put {self.name} before the pass that quantizes")
         context.data.part("calibration")  # raises DataNeeded before anything slow
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
@@ -127,7 +127,7 @@ class _Joint:
         energy = np.sum([np.square(weight).sum(axis=(0, 2)) for weight in weights], axis=0)  # (C,)
         if (before**2 - after**2) / 12 * float(energy.sum()) <= float((lost * energy).sum()):
             return ""
-        _replace(self.bias, _array(self.bias) - c)
+        put_numbers(self.bias, numbers(self.bias) - c)
         for reader, weight in zip(self.readers, weights, strict=True):
             _add_bias(reader, (weight * c[None, :, None]).sum(axis=(1, 2)))
         reach = f"its range from {high.max():.3g} to {(high - c).max():.3g}"
@@ -166,16 +166,11 @@ def _scaled(node: ir.Node) -> bool:
     return any(node.attributes[key].as_float() != 1.0 for key in ("alpha", "beta") if key in node.attributes)
 
 
-def _array(value: ir.Value) -> np.ndarray:
-    assert value.const_value is not None  # constant, by `_joint`
-    return value.const_value.numpy().astype(np.float64)
-
-
 def _by_channel(node: ir.Node) -> np.ndarray:
     """A reader's weights (outputs, channels, taps)."""
     value = node.inputs[1]
     assert value is not None  # `_reads_no_padding` has looked
-    weight = _array(value)
+    weight = numbers(value)
     if node.op_type == "Gemm":
         return (weight if node.attributes.get_int("transB", 0) else weight.T)[:, :, None]
     return weight.reshape(*weight.shape[:2], -1)
@@ -187,7 +182,7 @@ def _add_bias(node: ir.Node, added: np.ndarray) -> None:
 
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
-        _replace(bias, _array(bias) + added)
+        put_numbers(bias, numbers(bias) + added)
         return
     assert node.graph is not None
     made = ir.Value(
@@ -199,10 +194,3 @@ def _add_bias(node: ir.Node, added: np.ndarray) -> None:
     node.graph.initializers.add(made)
     node.resize_inputs(3)
     node.replace_input_with(2, made)
-
-
-def _replace(value: ir.Value, array: np.ndarray) -> None:
-    """New numbers under the same name; other copies of the model keep theirs."""
-    import onnx_ir as ir
-
-    value.const_value = ir.tensor(array.astype(np.float32), name=value.name)

@@ -19,6 +19,7 @@ import numpy as np
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import LOSSY, Context, Effect, Pass
 from deploycc.errors import NothingToDo, PreconditionError, UnknownName
+from deploycc.passes._float_graph import refuse_quantized
 from deploycc.passes._qdq import FLOAT8, Codes, How, Scale, Writer, dtype_of, weight_scales
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ class QuantizeFloat8(Pass):
             raise PreconditionError(
                 f"{self.name} needs opset {LEAST_OPSET} or newer (float8), but the model has {opset}", fix="put 'update-opset' before it"
             )
-        if artifact.quant is not None or any(node.op_type == "QuantizeLinear" for node in artifact.model.graph):
-            raise PreconditionError("the model is quantized already", fix=f"start from the float model, or leave {self.name} out")
+        refuse_quantized(artifact, f"start from the float model, or leave {self.name} out")
         names = {node.name for node in artifact.model.graph}
         if missing := [name for name in self.skip if name not in names]:
             raise UnknownName(f"skip: the graph has no operator '{missing[0]}'", fix="`deploycc inspect MODEL.onnx` lists the operators")

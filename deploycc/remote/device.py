@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deploycc.bench.environment import ISA, Environment
+from deploycc.bench.environment import Environment
 from deploycc.errors import DeviceError, MismatchError
 from deploycc.runtime.host import version_numbers
 from deploycc.runtime.machine import ALIASES, cpu_flags
+from deploycc.runtime.record import ISA
 
 MINIMUM_PYTHON = "3.11"  # what runner.pyz is written for
 NO_CPP = "or use a bundle with a runner that needs no Python"

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from deploycc.bench.environment import LIBRARIES
 from deploycc.bench.result import BenchResult
 from deploycc.errors import ConnectionLost, DeployError, DeviceError, MismatchError
 from deploycc.remote import process, scripts
@@ -25,6 +24,7 @@ from deploycc.remote.device import Probe, check, read_probe
 from deploycc.remote.transport import AGAIN, Address, Holder, Link, Transport, said
 from deploycc.remote.upload import Tell, Upload
 from deploycc.remote.work import RUNNER, DeviceResult, Work
+from deploycc.runtime.record import LIBRARIES
 
 TIDY_SECONDS = 10.0
 

@@ -22,7 +22,7 @@ from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_m
 from deploycc.runtime.statistics import Samples
 
 SCHEMA_VERSION = 1
-# The extensions that decide which kernels a runtime picks, and the libraries that run models: as in bench/environment.py.
+# The extensions that decide which kernels a runtime picks, and the libraries that run models.
 ISA = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16"),
@@ -34,7 +34,7 @@ CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """Where a session with `threads` threads runs."""
+    """Where a session with `threads` threads runs: bench.environment.Environment's fields that were in version 1 of a result."""
     flags = cpu_flags()
     gpu = cuda.gpu()
     return {
@@ -42,8 +42,8 @@ def environment(threads: int) -> dict[str, Any]:
         "arch": cpu_arch(),
         "isa": [flag for flag in ISA if flag in flags],
         "cores": available_cores(),
-        "cpu_limit": cpu_limit(_text(CPU_MAX)),
-        "governor": _text(GOVERNOR) or None,
+        "cpu_limit": cpu_limit(CPU_MAX),
+        "governor": text(GOVERNOR),
         "virtual": "hypervisor" in flags if flags else None,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -97,10 +97,22 @@ def save(path: Path, found: Mapping[str, Any]) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror}", fix="give --save a file in a writable folder") from error
 
 
-def cpu_limit(text: str) -> float | None:
-    """CPUs granted by the text of a cgroup v2 `cpu.max` ("QUOTA PERIOD" in µs, or "max PERIOD")."""
-    quota, _, period = text.partition(" ")
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+def cpu_limit(path: Path) -> float | None:
+    """CPUs granted by a cgroup v2 `cpu.max` ("QUOTA PERIOD" in µs, or "max PERIOD"), or by the two files of version 1 beside it."""
+    found = text(path) or f"{text(path.parent / 'cpu' / 'cpu.cfs_quota_us')} {text(path.parent / 'cpu' / 'cpu.cfs_period_us')}"
+    try:
+        quota, period = (int(part) for part in found.split())
+    except ValueError:
+        return None
+    return quota / period if quota > 0 and period > 0 else None  # version 1 says -1 for none
+
+
+def text(path: Path) -> str | None:
+    """What a small file of the kernel says; None where there is none, or nothing in it."""
+    try:
+        return path.read_text().strip() or None
+    except OSError:
+        return None
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -109,10 +121,3 @@ def _versions() -> Iterator[tuple[str, str]]:
             yield package, importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

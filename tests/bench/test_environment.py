@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from deploycc.bench import environment
 from deploycc.bench.environment import Environment, capture, differences, software_differences
-from deploycc.runtime import cuda
+from deploycc.runtime import cuda, record
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags
 
 
@@ -26,8 +25,8 @@ def test_capture_tells_this_machine():
 @pytest.mark.parametrize(("text", "limit"), [("150000 100000\n", 1.5), ("max 100000\n", None), ("", None), ("nonsense", None)])
 def test_the_cgroup_limit_is_read_or_unknown(tmp_path: Path, text: str, limit: float | None):
     (tmp_path / "cpu.max").write_text(text)
-    assert environment._cpu_limit(tmp_path / "cpu.max") == limit
-    assert environment._cpu_limit(tmp_path / "none") is None
+    assert record.cpu_limit(tmp_path / "cpu.max") == limit
+    assert record.cpu_limit(tmp_path / "none") is None
 
 
 def test_two_captures_of_one_machine_do_not_differ():

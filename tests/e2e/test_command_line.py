@@ -207,6 +207,10 @@ def test_bench_starts_fresh_processes_and_runs_every_scenario(compiled, deploycc
         (("--pictures", "."), "does not take pictures"),
         (("--scenario", "server", "--qps", "1e9"), "answers at most"),
         (("--targets", "onnxruntime-portable", "--loadgen"), "--targets measures single-stream latency only"),
+        (("--targets", "onnxruntime-portable", "--cold", "1"), "--targets measures single-stream latency only"),
+        (("--targets", "onnxruntime-portable", "--no-roofline"), "--targets measures single-stream latency only"),
+        (("--max-slowdown", "2%"), "--max-slowdown is about --against, and there is none"),
+        (("--across-machines",), "--across-machines is about --against, and there is none"),
     ],
 )
 def test_what_bench_cannot_do_is_refused(compiled, deploycc, words, message):

@@ -236,6 +236,7 @@ def deb(files: dict[str, bytes]) -> bytes:
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(header, "mirrors", lambda: ["http://mirror/debian/"])
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(content))
     monkeypatch.setattr(header, "SHA256", hashlib.sha256(content).hexdigest())
 
@@ -250,8 +251,37 @@ def test_the_header_is_fetched_once_and_checked(cache: Path, monkeypatch: pytest
 
 
 def test_another_archive_than_the_known_one_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(header, "mirrors", lambda: ["http://mirror/debian"])
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(b"other"))
-    with pytest.raises(MissingDependency, match="was changed: its SHA-256 should be 14f7d959"):
+    with pytest.raises(MissingDependency, match="cannot be fetched: its SHA-256 should be 14f7d959"):
+        header.include_folder()
+
+
+def test_the_next_mirror_is_asked_where_one_has_it_not(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    content = deb({header.INSIDE: b"x"})
+
+    def answer(url: str, timeout: float) -> io.BytesIO:
+        asked.append(url)
+        if "first" in url:
+            raise urllib.error.URLError("404")
+        return io.BytesIO(content)
+
+    serve(monkeypatch, content)
+    monkeypatch.setattr(header, "mirrors", lambda: ["http://first/debian/", "http://second/debian"])
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    header.include_folder()
+    assert asked == [f"http://{name}/debian/{header.POOL}" for name in ("first", "second")]
+
+
+def test_mirrors_are_those_of_apt(monkeypatch: pytest.MonkeyPatch):
+    said = "http://one/debian/\nfile:/local\nhttp://one/debian/\nhttps://two/ubuntu/\n"
+    monkeypatch.setattr(header.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(header.subprocess, "run", lambda command, **given: subprocess.CompletedProcess(command, 0, said, ""))
+    assert header.mirrors() == ["http://one/debian/", "https://two/ubuntu/"]
+    monkeypatch.setattr(header.shutil, "which", lambda name: None)
+    assert header.mirrors() == []
+    with pytest.raises(MissingDependency, match="package sources name no mirror"):
         header.include_folder()
 
 
@@ -266,6 +296,7 @@ def test_no_network_is_told_with_what_to_do(cache: Path, monkeypatch: pytest.Mon
     def refuse(url: str, timeout: float) -> None:
         raise urllib.error.URLError("no route to host")
 
+    monkeypatch.setattr(header, "mirrors", lambda: ["http://mirror/debian"])
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(MissingDependency, match="cannot be fetched: no route to host") as found:
         header.include_folder()

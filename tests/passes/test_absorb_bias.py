@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from graphs import context, graph, onnx_artifact, outputs
+from graphs import Arrays, context, graph, onnx_artifact, outputs
 
 from deploycc.core.compare import drift
-from deploycc.core.contract import Dataset, Sample
+from deploycc.core.contract import Dataset
 from deploycc.core.data import Data
 from deploycc.errors import DataNeeded, NothingToDo, PreconditionError
 from deploycc.passes.absorb_bias import AbsorbBias, Moments, normal_tail
@@ -17,27 +17,8 @@ QUANT = {"arch": "aarch64", "quant": {"reduce_range": False, "per_channel": True
 GEMMS = "(float[N,2] x) => (float[N,1] y) { a = Gemm(x, w1, b1) r = Relu(a) y = Gemm(r, w2) }"
 
 
-class Rows:
-    """Calibration samples."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return Sample({"x": self.rows[index]}, None, str(index))
-
-    def label(self, index):
-        return None
-
-    def digest(self, index):
-        return str(index)
-
-
 def watched(artifact, samples):
-    return replace(context(artifact, **QUANT), data=Data(None, Dataset("d", {"all": Rows(samples)})))
+    return replace(context(artifact, **QUANT), data=Data(None, Dataset("d", {"all": Arrays(samples)})))
 
 
 def constant(artifact, name):

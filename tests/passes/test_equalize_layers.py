@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from graphs import context, graph, onnx_artifact, outputs
+from graphs import Arrays, context, graph, onnx_artifact, outputs
 
 from deploycc.core.artifact import Artifact
 from deploycc.core.compare import drift
-from deploycc.core.contract import Context, Dataset, Sample
+from deploycc.core.contract import Context, Dataset
 from deploycc.core.data import Data
 from deploycc.errors import DataNeeded, NothingToDo, PreconditionError
 from deploycc.passes._equalize import Channels, Reading, balanced, choose
@@ -18,27 +18,8 @@ from deploycc.passes.quantize_static import QuantizeStatic
 QUANT = {"arch": "aarch64", "quant": {"reduce_range": False, "per_channel": True}}
 
 
-class Rows:
-    """Calibration samples."""
-
-    def __init__(self, rows: np.ndarray) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        return Sample({"x": self.rows[index]}, None, f"sample {index}")
-
-    def label(self, index: int) -> None:
-        return None
-
-    def digest(self, index: int) -> str:
-        return str(index)
-
-
 def watched(artifact: Artifact, samples: np.ndarray) -> Context:
-    return replace(context(artifact, **QUANT), data=Data(None, Dataset("d", {"all": Rows(samples)})))
+    return replace(context(artifact, **QUANT), data=Data(None, Dataset("d", {"all": Arrays(samples)})))
 
 
 def channels(*rows: list[float]) -> Channels:

@@ -7,12 +7,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from graphs import graph, onnx_artifact, outputs
+from graphs import Arrays, graph, onnx_artifact, outputs
 
 from deploycc.backends import _tensorrt_probe as probing
 from deploycc.backends import tensorrt as backend
 from deploycc.core.compare import drift
-from deploycc.core.contract import Context, Dataset, Sample
+from deploycc.core.contract import Context, Dataset
 from deploycc.core.data import Data
 from deploycc.core.target import Target, load
 from deploycc.errors import DataNeeded, NothingToDo, PreconditionError, UnknownName, UnsupportedError
@@ -28,27 +28,8 @@ BODY = "(float[4,32] x) => (float[4,16] y) { y = MatMul (x, w) }"
 needs_rtx = pytest.mark.skipif(probing.checker() is None, reason="tensorrt_rtx is not installed (extra tensorrt-rtx)")
 
 
-class Rows:
-    """Samples of one row; the model takes four at a time."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return Sample({"x": self.rows[index]}, None, str(index))
-
-    def label(self, index):
-        return None
-
-    def digest(self, index):
-        return str(index)
-
-
 def context(artifact, rows, target=H100):
-    data = Data(None, Dataset("d", {"all": Rows(rows)})) if rows is not None else Data(None)
+    data = Data(None, Dataset("d", {"all": Arrays(rows)})) if rows is not None else Data(None)
     return Context(target, artifact, data, 0, Path())
 
 

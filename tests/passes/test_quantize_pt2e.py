@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import digest
+from graphs import Arrays, digest
 from torch import nn
 
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.compare import sqnr_db
-from deploycc.core.contract import Availability, Context, Dataset, Sample
+from deploycc.core.contract import Availability, Context, Dataset
 from deploycc.core.data import Data
 from deploycc.core.registry import FORMS
 from deploycc.core.target import Target, load
@@ -78,23 +78,6 @@ def small():
         model.stem.weight *= 8
         model.depthwise.weight *= torch.logspace(-1, 1, 8)[:, None, None, None]
     return program(model, (1, 3, 12, 12))
-
-
-class Arrays:
-    def __init__(self, arrays):
-        self.arrays = arrays
-
-    def __len__(self):
-        return len(self.arrays)
-
-    def __getitem__(self, index):
-        return Sample({"x": self.arrays[index]}, None, f"sample {index}")
-
-    def label(self, index):
-        return None
-
-    def digest(self, index):
-        return str(index)
 
 
 def inputs(count, seed, shape=(3, 32, 32)):

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from graphs import ANY
+from graphs import ANY, Arrays
 from onnx import TensorProto, helper, numpy_helper
 
 from deploycc.core.artifact import Artifact, Form
-from deploycc.core.contract import Context, Dataset, Sample
+from deploycc.core.contract import Context, Dataset
 from deploycc.core.data import Data
 from deploycc.core.target import Hardware, Quant, Target
 from deploycc.errors import DataError, DataNeeded, NothingToDo, PreconditionError, UnknownName
@@ -62,23 +62,6 @@ def residual():
             tensor("b3", 5),
         ],
     )
-
-
-class Arrays:
-    def __init__(self, arrays):
-        self.arrays = arrays
-
-    def __len__(self):
-        return len(self.arrays)
-
-    def __getitem__(self, index):
-        return Sample({"x": self.arrays[index]}, None, f"sample {index}")
-
-    def label(self, index):
-        return None
-
-    def digest(self, index):
-        return str(index)
 
 
 def context(artifact, *, samples=24, quant=None, data=None):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import ANY, SATURATES
+from graphs import ANY, SATURATES, Arrays
 from torch import nn
 
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.compare import sqnr_db
-from deploycc.core.contract import Context, Dataset, Sample
+from deploycc.core.contract import Context, Dataset
 from deploycc.core.data import Data
 from deploycc.core.target import Hardware, Quant, Target
 from deploycc.errors import DataError, DataNeeded, NothingToDo, PreconditionError
@@ -55,23 +55,6 @@ def net(**options):
         model.stem[0].weight *= 8
         model.depthwise.weight *= torch.logspace(-1, 1, 32)[:, None, None, None]
     return model
-
-
-class Arrays:
-    def __init__(self, arrays):
-        self.arrays = arrays
-
-    def __len__(self):
-        return len(self.arrays)
-
-    def __getitem__(self, index):
-        return Sample({"x": self.arrays[index]}, None, f"sample {index}")
-
-    def label(self, index):
-        return None
-
-    def digest(self, index):
-        return str(index)
 
 
 def artifact(module, shape=(1, 3, 32, 32)):
