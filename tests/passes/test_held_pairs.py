@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from graphs import graph, onnx_artifact
-from test_equalize_layers import Rows
+from graphs import Arrays, graph, onnx_artifact
 from test_quantize_static import context
 
 from deploycc.core.compare import drift
@@ -53,7 +52,7 @@ def quantized(step, quant=REDUCED):
 
 def watched(artifact, samples):
     """A context with these samples (each with its batch axis of 1)."""
-    rows = Rows(samples[:, 0])
+    rows = Arrays(samples[:, 0])
     return replace(context(artifact, quant=REDUCED), data=Data(None, Dataset("d", {"all": rows})))
 
 

@@ -539,10 +539,14 @@ def test_ctrl_c_ends_what_runs_on_the_device_and_cleans_it(make_work, local, dev
             time.sleep(0.02)
 
     thread = threading.Thread(target=press)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C
     thread.start()
     begin = time.monotonic()
-    with pytest.raises(Interrupted) as caught:
-        run(make_work(slow), device)
+    try:
+        with pytest.raises(Interrupted) as caught:
+            run(make_work(slow), device)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begin < 50
     thread.join()
     assert caught.value.exit_status == 130
