@@ -44,7 +44,10 @@ MODELS = (
     Given("lite0", "deploycc.demo:efficientnet_lite0"),
     *(Given(name, f"torchvision:{name}", real=False) for name in ("resnet18", "mobilenet_v2")),
 )
-PASSES = {("minilm", "arm64-onnxruntime"): "export-onnx, quantize-dynamic{outliers=8}"}
+PASSES = {
+    ("minilm", "arm64-onnxruntime"): "export-onnx, quantize-dynamic{outliers=8}",
+    ("minilm", "arm64-xnnpack"): "export-program, quantize-pt2e-dynamic",
+}
 FOOLBOX = "imagenet_"  # how the names of its photos begin among the demo's
 PHOTOS = 20
 LAST_WORDS = 300

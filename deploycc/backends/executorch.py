@@ -30,7 +30,7 @@ SESSION, FILE = "executorch", "model.pte"
 OLDEST = "1.5"
 MINIMAL = "pip install --no-deps 'executorch>=1.5,<1.6' 'torchao>=0.18,<0.19' ruamel.yaml tabulate tqdm flatbuffers"
 NEEDED = ("executorch", "torchao", "ruamel.yaml", "tabulate", "tqdm", "flatbuffers")
-METHODS = frozenset({"pt2e"})  # of quantization
+METHODS = frozenset({"pt2e", "pt2e-dynamic"})  # of quantization
 TOLERANCES = {False: 1e-3, True: 0.1}  # of the largest output, float and int8: requantization rounds ties another way than float does
 
 
@@ -169,7 +169,7 @@ def fixed_shapes(artifact: Artifact, target: Target) -> list[Violation]:
 def quantized_for_xnnpack(artifact: Artifact, target: Target) -> list[Violation]:
     """XNNPACK computes in integers where Q and DQ stand as its quantizer places them.
 
-    Put quantize-pt2e into this target's pipeline, and start from the float model.
+    Put quantize-pt2e or quantize-pt2e-dynamic into this target's pipeline, and start from the float model.
     """
     if artifact.quant is None or artifact.quant.method in METHODS:
         return []

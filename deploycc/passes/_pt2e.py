@@ -180,7 +180,7 @@ def layers(prepared: fx.GraphModule) -> list[Layer]:
 
 def weight_of(prepared: fx.GraphModule, layer: Layer) -> torch.Tensor:
     """Its float weight."""
-    return _attribute(prepared, layer.node.args[1].args[0])
+    return attribute(prepared, layer.node.args[1].args[0])
 
 
 def set_weight(prepared: fx.GraphModule, layer: Layer, weight: torch.Tensor, scales: np.ndarray) -> None:
@@ -192,10 +192,11 @@ def set_weight(prepared: fx.GraphModule, layer: Layer, weight: torch.Tensor, sca
 def add_bias(prepared: fx.GraphModule, layer: Layer, shift: np.ndarray) -> None:
     """Add to its bias."""
     node: Any = layer.node.args[2]
-    _assign(prepared, node, _attribute(prepared, node) + torch.from_numpy(shift.astype(np.float32)))
+    _assign(prepared, node, attribute(prepared, node) + torch.from_numpy(shift.astype(np.float32)))
 
 
-def _attribute(graph: fx.GraphModule, node: fx.Node) -> torch.Tensor:
+def attribute(graph: fx.GraphModule, node: fx.Node) -> torch.Tensor:
+    """The tensor that a `get_attr` node reads."""
     owner, _, name = str(node.target).rpartition(".")
     return getattr(graph.get_submodule(owner), name).detach()
 
@@ -233,14 +234,14 @@ def convert(prepared: fx.GraphModule, example: Sequence[torch.Tensor]) -> Export
     """The program with Q and DQ, weights as integers; `prepared` is used up."""
     with quiet():
         converted = convert_pt2e(prepared)
-        _drop_unused(converted)
+        drop_unused(converted)
         return torch.export.export(converted, tuple(example))
 
 
-def _drop_unused(graph: fx.GraphModule) -> None:
+def drop_unused(graph: fx.GraphModule) -> None:
     """Take the float weights away, which nothing reads any more."""
     used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    for name, _ in [*graph.named_parameters(), *graph.named_buffers()]:
+    for name, _ in [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]:
         if name not in used:
             owner, _, leaf = name.rpartition(".")
             delattr(graph.get_submodule(owner), leaf)

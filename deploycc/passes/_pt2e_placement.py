@@ -6,11 +6,15 @@ clip too, for the range that the clip cuts off
 padding with zeros before a convolution     one Q before the padding and none behind it: XNNPACK then pads integers. ExecuTorch 1.5
 puts a Q behind the padding, and pads in float
 means and average pools                     a scale of their own: what they give has a smaller range than what they take
+attention scores                            float, as XNNPACK's softmax is: a mask of −10⁴ or less added to them would take the whole range
+integers                                    left alone: ExecuTorch 1.5 makes floats of the numbers in `position + 1` too, and ids index
+nothing any more
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,11 +26,15 @@ aten: Any = torch.ops.aten
 ANNOTATION = "quantization_annotation"
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv1d.padding, aten.conv2d.padding)
 TRANSPOSED = (aten.conv_transpose2d.input,)
-WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, aten.linear.default)
+LINEAR = aten.linear.default
+WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, LINEAR)
 CLIPPED = (*WEIGHTED, aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor)  # whose kernels clip their result
 CLIPS = (aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default, aten.relu6_.default, aten.clamp.default, aten.clamp_.default)
 PADS = (aten.constant_pad_nd.default, aten.pad.default)
 AVERAGES = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
+ARITHMETIC = (aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor)
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+SAME_VALUES = (aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.expand.default, aten.to.dtype, aten.dropout.default)
 
 
 class Placement(XNNPACKQuantizer):
@@ -36,22 +44,53 @@ class Placement(XNNPACKQuantizer):
         super().__init__()
         self.config: Any = config
         self.set_global(config)
-        self.set_filter_function(lambda node: not (node.target in WEIGHTED and layer_name(node) in skip))
+        self.skip = skip
+
+    def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
+        """Numbers in sums and products of floats become attributes, which can be quantized."""
+        with _taken_for(aten.sub.Tensor, (node for node in model.graph.nodes if node.target in ARITHMETIC and not _is_float(node))):
+            return super().transform_for_annotation(model)
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         """Annotate with clips taken for ReLU, then padding and averages."""
-        clips = {node: node.target for node in model.graph.nodes if _fuses(node)}
-        for node in clips:
-            node.target = aten.relu.default
-        model = super().annotate(model)
-        for node, target in clips.items():
-            node.target = target
+        scores = set[fx.Node]().union(*(_scores(node) for node in model.graph.nodes if node.target in SOFTMAX))
+        self.set_filter_function(lambda node: node not in scores and not (node.target in WEIGHTED and layer_name(node) in self.skip))
+        with _taken_for(aten.relu.default, filter(_fuses, model.graph.nodes)):
+            model = super().annotate(model)
         for node in model.graph.nodes:
             if node.target in CONVOLUTIONS:
                 _quantize_before_padding(node)
             elif node.target in AVERAGES:
                 _part(node, self.config.output_activation)
         return model
+
+
+@contextmanager
+def _taken_for(target: Any, nodes: Iterable[fx.Node]) -> Generator[None]:
+    """The nodes are another operator's for as long as this lasts."""
+    before = {node: node.target for node in nodes}
+    for node in before:
+        node.target = target
+    yield
+    for node, own in before.items():
+        node.target = own
+
+
+def _is_float(node: fx.Node) -> bool:
+    return node.meta["val"].dtype.is_floating_point
+
+
+def _scores(softmax: fx.Node) -> set[fx.Node]:
+    """The sums and products, one on the other, that a softmax reads."""
+    found: set[fx.Node] = set()
+    waiting = [node for node in softmax.args if isinstance(node, fx.Node)]
+    while waiting:
+        node = waiting.pop()
+        if node.target in ARITHMETIC:
+            found.add(node)
+        if node.target in (*ARITHMETIC, *SAME_VALUES):
+            waiting += [item for item in node.args if isinstance(item, fx.Node) and item not in found]
+    return found
 
 
 def _fuses(node: fx.Node) -> bool:

@@ -20,22 +20,19 @@ which say nothing of accuracy, ResNet-18's has 36.5 dB and MobileNetV2's 30.8 dB
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import LOSSY, Context, Pass
-from deploycc.core.registry import BACKENDS
 from deploycc.core.target import Target
-from deploycc.errors import DataError, MissingDependency, NothingToDo, PreconditionError, UnknownName
-from deploycc.passes._exporters import quiet
+from deploycc.errors import DataError, NothingToDo, PreconditionError
+from deploycc.passes import _pt2e_use
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +40,6 @@ if TYPE_CHECKING:
 
     from deploycc.passes._pt2e import Layer
 
-BACKEND = "executorch"
-FEW_CHANNELS = 4  # a kernel over at most so many input channels sees much the same value at every tap
 METHODS = ("minmax", "moving-average", "percentile", "mse", "entropy", "octav")
 
 
@@ -78,54 +73,35 @@ class QuantizePt2e(Pass):
 
     def requires(self, artifact: Artifact, context: Context) -> None:
         """ExecuTorch, int8 activations and weights of full range, a float program, calibration data."""
-        target, quant = context.target, context.target.quant
-        if target.backend != BACKEND:
-            raise PreconditionError(
-                f"{self.name} places Q and DQ for {BACKEND}, but target '{target.name}' runs on {target.backend}",
-                fix="use a target whose backend is executorch (`deploycc targets`), or quantize-static after export-onnx",
-            )
-        if not (available := BACKENDS.get(BACKEND).available()):
-            raise MissingDependency(f"{self.name}: {available.missing}", fix=available.install)
-        wanted = (quant.activations, quant.weights, quant.reduce_range, quant.sparsity)
-        if wanted != ("int8", "int8", False, "none"):
-            raise PreconditionError(
-                f"target '{target.name}' asks for {quant.activations} activations and {quant.weights} weights, reduce_range = "
-                f"{str(quant.reduce_range).lower()}, sparsity = {quant.sparsity}; XNNPACK multiplies dense int8 by int8 of full range",
-                fix='set activations = weights = "int8", reduce_range = false and sparsity = "none" in its [quant]',
-            )
-        if (method := self.calibration or quant.calibration) not in METHODS:
+        _pt2e_use.require(self.name, artifact, context)
+        if (method := self.calibration or context.target.quant.calibration) not in METHODS:
             raise PreconditionError(
                 f"calibration '{method}' looks at the readers of a tensor in an ONNX graph, and this is a program",
                 fix=f"set one of {', '.join(METHODS)} in the target's [quant], or {self.name}{{calibration=mse}}",
             )
-        kinds = {str(node.target).partition(".")[0] for node in artifact.model.graph.nodes}
-        if artifact.quant is not None or "quantized_decomposed" in kinds:
-            raise PreconditionError("the model is quantized already", fix=f"start from the float model, or leave {self.name} out")
         context.data.part("calibration")  # raises DataNeeded before anything slow
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Place observers, round weights, calibrate, correct biases, convert."""
         from deploycc.forms.module import example_tensors
 
-        _pt2e = _door()
+        _pt2e = _pt2e_use.tools()
         quant = context.target.quant
         method = self.calibration or quant.calibration
         graph = _pt2e.graph_of(artifact.model)
-        known = {_pt2e.layer_name(node): node for node in graph.graph.nodes if node.target in _pt2e.WEIGHTED}
-        if wrong := [name for name in self.skip if name not in known]:
-            raise UnknownName(f"skip: the program has no layer '{wrong[0]}'", fix=f"its layers are {', '.join(known)}")
+        known = _pt2e_use.known_layers(graph, self.skip)
         choice = _pt2e.Calibration(method, self.percentile, quant.activation_symmetric)
         prepared = _pt2e.prepare(graph, choice, per_channel=quant.per_channel, skip=self.skip)
         layers = _pt2e.layers(prepared)
         if not layers:
             reason = ", ".join(known) or "no convolution or linear layer"
             raise NothingToDo(f"{self.name} finds nothing to quantize ({reason})", fix="leave it out")
-        errors = [self._round(prepared, layer, per_channel=quant.per_channel) for layer in layers]
+        errors = [_pt2e_use.round_weight(prepared, layer, per_channel=quant.per_channel, keep_sums=self.keep_sums) for layer in layers]
         means = _calibrate(prepared, layers, artifact, context)
         if self.correct_bias:
             for layer, error, mean in zip(layers, errors, means, strict=True):
                 _pt2e.add_bias(prepared, layer, np.einsum("goi,gi->go", error, mean.reshape(len(error), -1)).ravel())
-        left = tuple((name, _reason(name, self.skip)) for name in known if name not in {layer.name for layer in layers})
+        left = _pt2e_use.left_float(known, [layer.name for layer in layers], self.skip, "XNNPACK's quantizer does not take it")
         program = _pt2e.convert(prepared, example_tensors(artifact.signature))
         info = QuantInfo(
             method="pt2e",
@@ -136,35 +112,13 @@ class QuantizePt2e(Pass):
             calibration=method,
             left_float=left,
         )
-        notes = [f"{len(layers)} weighted operators for XNNPACK, ranges from {method} calibration"]
-        notes += [f"left in float: {name}: {reason}" for name, reason in left]
-        return artifact.evolve(program, quant=info, notes=tuple(notes))
-
-    def _round(self, prepared: fx.GraphModule, layer: Layer, *, per_channel: bool) -> np.ndarray:
-        """Write rounded weights; returns W − W_q summed over the taps, (groups, out / groups, in / groups)."""
-        import torch
-
-        from deploycc.passes._rounding import quantized_weight
-
-        _pt2e = _door()
-        weight = np.moveaxis(_pt2e.weight_of(prepared, layer).numpy(), layer.axis, 0)
-        kernels = weight.ndim > 2 and weight.shape[1] <= FEW_CHANNELS and not layer.axis
-        rounded, scales = quantized_weight(
-            weight, _pt2e.MOST, per_channel=per_channel, pair_limit=None, keep_sums=self.keep_sums and kernels
-        )
-        back = np.ascontiguousarray(np.moveaxis(rounded, 0, layer.axis))
-        _pt2e.set_weight(prepared, layer, torch.from_numpy(back), scales)
-        error = (weight - rounded).reshape(*weight.shape[:2], -1).sum(axis=2)
-        return error.reshape(_pt2e.groups_of(layer), -1, weight.shape[1])
+        first = f"{len(layers)} weighted operators for XNNPACK, ranges from {method} calibration"
+        return artifact.evolve(program, quant=info, notes=_pt2e_use.notes_of(first, left))
 
     def alternatives(self, target: Target) -> tuple[Pass, ...]:
         """The other ways to choose ranges, cheap to dear."""
         used = self.calibration or target.quant.calibration
         return tuple(replace(self, calibration=method) for method in ("mse", "percentile", "entropy") if method != used)
-
-
-def _reason(name: str, skip: tuple[str, ...]) -> str:
-    return "it was asked for (skip)" if name in skip else "XNNPACK's quantizer does not take it"
 
 
 def _calibrate(prepared: fx.GraphModule, layers: list[Layer], artifact: Artifact, context: Context) -> list[np.ndarray]:
@@ -174,7 +128,7 @@ def _calibrate(prepared: fx.GraphModule, layers: list[Layer], artifact: Artifact
     """
     import torch
 
-    _pt2e = _door()
+    _pt2e = _pt2e_use.tools()
     total = len(context.data.part("calibration"))
     sums: list[Any] = [0.0] * len(layers)
     calls = 0
@@ -210,9 +164,3 @@ def _one_thread() -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _door() -> ModuleType:
-    """`_pt2e`, whose import says much about torchao and ExecuTorch."""
-    with quiet():
-        return importlib.import_module("deploycc.passes._pt2e")

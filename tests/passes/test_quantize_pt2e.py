@@ -216,6 +216,36 @@ def test_an_average_has_a_scale_of_its_own(quantized):
     assert after.args[1] < mean.args[0].args[1]
 
 
+class Attention(nn.Module):
+    """One head over 6 words, some masked, each with the sum of its place and an offset embedded."""
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.qkv, self.out = nn.Embedding(9, 8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x + self.places((x[..., 0] > 0).long() * 2 + 1)
+        query, key, value = self.qkv(x).chunk(3, -1)
+        mask = torch.where(x[..., 1] > 1, -1e9, 0.0)[:, None, :]
+        scores = query @ key.transpose(-1, -2) * 8**-0.5 + mask
+        return self.out(scores.softmax(-1) @ value)
+
+
+def test_attention_keeps_its_indices_and_its_masked_scores():
+    torch.manual_seed(0)
+    before = program(Attention(), (1, 6, 8))
+    after = PASS(before, context(before))
+    assert after.notes[0].startswith("2 weighted operators")
+    (softmax,) = nodes(after, "aten.softmax")
+    masked = softmax.args[0]
+    product = masked.args[0]
+    assert "add" in str(masked.target)
+    assert "mul" in str(product.target)
+    assert "matmul" in str(product.args[0].target)  # no Q between a product of matrices and the softmax
+    assert all(scale < 1 for scale in scales(after))
+    assert sqnr_db(answers(before), answers(after)) > 25
+
+
 def test_symmetric_activations_have_zero_point_0(small_program):
     after = PASS(small_program, context(small_program, activation_symmetric=True))
     assert {node.args[2] for node in nodes(after, "quantized_decomposed.quantize_per_tensor")} == {0}
