@@ -18,6 +18,7 @@ from deploycc.core.artifact import Artifact, QuantInfo
 from deploycc.core.contract import Context
 from deploycc.errors import DataError, NothingToDo, PreconditionError
 from deploycc.passes import _engines
+from deploycc.passes._one_thread import one_thread
 from deploycc.passes._rounding import quantized_weight
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def _dynamic_layers(graph: fx.GraphModule, artifact: Artifact, context: Context)
     hooks = [graph.get_submodule(name).register_forward_pre_hook(partial(watch, name)) for name in names]
     feeds = next(iter(context.data.calibration(artifact)))
     artifact.signature.check(feeds)
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         graph(*(torch.from_numpy(feeds[spec.name].copy()) for spec in artifact.signature.inputs))
     for hook in hooks:
         hook.remove()
@@ -247,7 +248,7 @@ def _calibrate(prepared: fx.GraphModule, watched: Collection[str], artifact: Art
         calls[name] += 1
 
     hooks = [_torch_ao.weighted(prepared, name).register_forward_pre_hook(partial(watch, name)) for name in watched]
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         for done, feeds in enumerate(context.data.calibration(artifact), 1):
             artifact.signature.check(feeds)
             try:

@@ -20,8 +20,6 @@ which say nothing of accuracy, ResNet-18's has 36.5 dB and MobileNetV2's 30.8 dB
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -33,6 +31,7 @@ from deploycc.core.contract import LOSSY, Context, Pass
 from deploycc.core.target import Target
 from deploycc.errors import DataError, NothingToDo, PreconditionError
 from deploycc.passes import _pt2e_use
+from deploycc.passes._one_thread import one_thread
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +137,7 @@ def _calibrate(prepared: fx.GraphModule, layers: list[Layer], artifact: Artifact
 
     watched = {layer.node: partial(watch, place, _pt2e.channel_axis(layer)) for place, layer in enumerate(layers)}
     running = _pt2e.Watching(prepared, watched)
-    with torch.inference_mode(), _one_thread():
+    with torch.inference_mode(), one_thread():
         for feeds in context.data.calibration(artifact):
             artifact.signature.check(feeds)
             calls += 1
@@ -151,16 +150,3 @@ def _calibrate(prepared: fx.GraphModule, layers: list[Layer], artifact: Artifact
                 ) from None
             context.progress("calibration", calls, total)
     return [item / calls for item in sums]
-
-
-@contextmanager
-def _one_thread() -> Generator[None]:
-    """Sums in one order, whatever ran in this process before: with another number of threads the last bits differ, and codes with them."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

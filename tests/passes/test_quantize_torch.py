@@ -119,6 +119,18 @@ def test_the_same_input_gives_the_same_model_and_leaves_the_float_one_as_it_was(
     assert QuantizeTorch(keep_sums=False)(before, ctx).digest() != first.digest()
 
 
+def test_the_number_of_threads_changes_nothing():
+    before, seen = artifact(net()), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        QuantizeTorch()(before, context(before, progress=lambda *_: seen.append(torch.get_num_threads())))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert set(seen) == {1}  # sums of several threads differ in their last bits: the same input must give the same bytes
+
+
 def test_relu6_is_the_end_of_a_range():
     before = artifact(net())
     ctx = context(before)
