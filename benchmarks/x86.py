@@ -8,7 +8,8 @@ NNCF's int8 on OpenVINO, as it comes and for transformers. One run on one thread
 agreement (of vectors: cosine) and SQNR are those with the float graph in ONNX Runtime. FOLDER and the other options are those of
 quantizers.py, whose peers these are.
 
-The bar: at most 1.03 × the time of the fastest peer, at an agreement not below that peer's. Exit status 1 when it is not met.
+The bar: at most 1.03 × the time of the fastest peer, at an agreement not below that peer's. Exit status 1 when it is not met,
+or a model was skipped.
 """
 
 from __future__ import annotations
@@ -197,7 +198,8 @@ def main() -> int:
                 met &= found["bar"]["met"]
                 print(f"{'PASS' if found['bar']['met'] else 'FAIL'}  {name}: {found['bar']['text']}")
             except DeployError as error:
-                found = {"skipped": f"{error.what}; {error.fix}"}
+                found, met = {"skipped": f"{error.what}; {error.fix}"}, False
+                say(f"{name}: skipped: {error.what}")
             document["models"] = {**document["models"], name: found}
             write(folder, NAME, document, markdown(document))
     return int(not met)

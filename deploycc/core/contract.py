@@ -43,7 +43,7 @@ LOSSY = Effect(None)
 
 
 def CLOSE(tolerance: float) -> Effect:  # noqa: N802  (reads as the third of EXACT, CLOSE, LOSSY)
-    """Equal up to rounding: max |difference| / max |output| ≤ `tolerance`."""
+    """Equal up to rounding: max |difference| / max |output| ≤ `tolerance`, or what `rounding` allows a model that amplifies it."""
     return Effect(tolerance)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from deploycc.core import rounding
 from deploycc.core.artifact import Artifact, Drift, Outputs, Receipt
 from deploycc.core.compare import drift
 from deploycc.core.contract import Context, Pass
@@ -17,6 +19,8 @@ PROBE_SAMPLES = 8
 
 class Verify:
     """Runs every pass's result on real samples; fails a pass that changes the numbers more than its `effect` declares.
+
+    Where the model amplifies rounding, a pass may do as much (`rounding.allowance`).
 
     `to_input` compares with what the pass was given (this is what the effect promises), `to_reference` with the float model; passes
     that prepare are making that model, and have nothing to be compared with yet.
@@ -47,18 +51,23 @@ class Verify:
         if after.signature.outputs != context.reference.signature.outputs and step.effect.tolerance is None:
             return receipt  # another head: there is nothing to compare
         to_input = drift(first, outputs)
-        self._judge(step, to_input)
+        self._judge(step, to_input, lambda tolerance: self._allowance(tolerance, before, first, context))
         return replace(receipt, to_input=to_input, to_reference=None if self.preparing else drift(self._reference, outputs))
 
-    def _judge(self, step: Pass, found: Drift) -> None:
-        allowed = step.effect.tolerance
-        if allowed is None or found.relative <= allowed:
+    def _judge(self, step: Pass, found: Drift, allowance: Callable[[float], float]) -> None:
+        declared = step.effect.tolerance
+        if declared is None or found.relative <= declared or found.relative <= (allowed := allowance(declared)):
             return
         raise DriftError(
             f"pass '{step.name}' declares it is {step.effect}, but on {found.samples} real samples its outputs moved by "
             f"{found.relative:.3g} of the largest output (allowed {allowed:g}; SQNR {found.sqnr_db:.1f} dB)",
             fix=f'leave it out with --passes="-{step.name}", and report the model: this is a fault in the pass',
         )
+
+    def _allowance(self, tolerance: float, before: Artifact, outputs: list[Outputs], context: Context) -> float:
+        """What rounding alone may do to the model that the pass was given."""
+        with FORMS.get(before.form.value).open(before, threads=context.target.bench.threads) as session:
+            return rounding.allowance(tolerance, session.run, context.data.probe(before, self.samples), outputs)
 
     def _outputs(self, artifact: Artifact, context: Context) -> list[Outputs]:
         feeds = context.data.probe(artifact, self.samples)

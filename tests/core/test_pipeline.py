@@ -30,10 +30,10 @@ from deploycc.forms import onnx as form
 TEXT = "fold-batchnorm, export-onnx, fold-constants, quantize-static{calibration=mse}"
 
 
-def artifact(scale=2.0):
-    """y = scale · x"""
+def artifact(scale=2.0, last="Identity"):
+    """y = last(scale · x)"""
     graph = helper.make_graph(
-        [helper.make_node("Mul", ["x", "s"], ["y"], "mul")],
+        [helper.make_node("Mul", ["x", "s"], ["product"], "mul"), helper.make_node(last, ["product"], ["y"], "last")],
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 4))],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 4))],
@@ -331,6 +331,16 @@ def test_verify_fails_a_pass_that_moves_the_numbers_more_than_it_declares(contex
     assert '--passes="-toy"' in caught.value.fix
     with pytest.raises(DriftError, match="declares it is exact"):
         run(Exact(factor=1.0000002), context=context, observers=[Verify()])
+
+
+def test_verify_lets_a_pass_round_as_far_as_the_model_amplifies_it(context):
+    steep = replace(context, reference=artifact(1e4, "Sin"))
+    after = run(Close(factor=1 + 2**-23), context=steep, observers=[Verify()])
+    assert after.history[0].to_input.relative > 1e-3
+    with pytest.raises(DriftError, match=r"allowed 0\.0[01]"):
+        run(Close(factor=1 + 2**-15), context=steep, observers=[Verify()])
+    with pytest.raises(DriftError, match=r"allowed 0;"):
+        run(Exact(factor=1 + 2**-23), context=steep, observers=[Verify()])
 
 
 def test_verify_without_data_measures_nothing(context):

@@ -19,6 +19,22 @@ def test_equal_and_unequal():
     assert 'passes="-some-pass"' in caught.value.fix
 
 
+STEEP = "(float[1,4] x) => (float[1,4] y) { a = Mul(x, s) y = Sin(a) }"  # one rounding of x moves y by thousandths
+
+
+def steep(factor: float):
+    return artifact(STEEP, s=np.array(1e4 * factor, np.float32))
+
+
+def test_a_model_that_amplifies_rounding_may_round_otherwise():
+    rounded, wrong = 1 + 2**-23, 1 + 2**-15
+    prove_close("some-pass", steep(1), steep(rounded), 1e-4)
+    with pytest.raises(PostconditionError, match=r"allowed 0\.00[12]"):
+        prove_close("some-pass", steep(1), steep(wrong), 1e-4)
+    with pytest.raises(PostconditionError, match=r"allowed 0\)"):
+        prove_close("some-pass", steep(1), steep(rounded), 0.0)  # exact is exact
+
+
 def test_a_model_that_refuses_made_up_input_proves_nothing():
     body = "(float[N,4] x) => (float[M,3] y) { y = Reshape(x, s) }"  # N is 2 on made-up input, and 8 values are no rows of 3
     prove_close("some-pass", artifact(body, s=np.array([-1, 3])), artifact(RELU), 1e-3)
