@@ -37,6 +37,15 @@ def float32_only(artifact: Artifact, target: Target) -> list[Violation]:
     return [] if precision == "f32" else [Violation(f"target {target.name}", f"runtime.precision = {precision}")]
 
 
+def latency_only(artifact: Artifact, target: Target) -> list[Violation]:
+    """This runtime computes the samples of a call together, on all threads.
+
+    Leave runtime.hint out of the target, or use one whose backend is openvino.
+    """
+    hint = target.runtime.hint
+    return [] if hint == "latency" else [Violation(f"target {target.name}", f"runtime.hint = {hint}")]
+
+
 def precision_in_hardware(artifact: Artifact, target: Target) -> list[Violation]:
     """A 16-bit precision needs a CPU that computes in it; elsewhere a runtime would use float32, or emulate it, and say nothing.
 

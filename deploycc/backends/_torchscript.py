@@ -22,7 +22,7 @@ import numpy as np
 
 from deploycc.backends import _torch_profile as profiler
 from deploycc.backends._distance import relative
-from deploycc.backends._settings import float32_only, processor_only
+from deploycc.backends._settings import float32_only, latency_only, processor_only
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, Violation
 from deploycc.core.target import Target
@@ -64,7 +64,7 @@ class TorchScriptBackend:
 
     def constraints(self) -> Sequence[Constraint]:
         """Engine and shapes."""
-        return (made_for_this_engine, fixed_shapes, float32_only, processor_only)
+        return (made_for_this_engine, fixed_shapes, float32_only, latency_only, processor_only)
 
     def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
         """Write model.pt. Raises UnsupportedError when a trace does not do what the model does."""

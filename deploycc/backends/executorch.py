@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from deploycc.backends._distance import relative
 from deploycc.backends._executorch_file import COPIES, Step, steps
-from deploycc.backends._settings import float32_only, processor_only
+from deploycc.backends._settings import float32_only, latency_only, processor_only
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, Violation
 from deploycc.core.kernels import Kernel, Shapes
@@ -56,7 +56,7 @@ class ExecuTorch:
 
     def constraints(self) -> Sequence[Constraint]:
         """Shapes, precision, operators' types."""
-        return (processor_only, float32_only, fixed_shapes, quantized_for_xnnpack)
+        return (processor_only, float32_only, latency_only, fixed_shapes, quantized_for_xnnpack)
 
     def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
         """Write model.pte. Raises UnsupportedError where it cannot be lowered, or does not compute what the program does."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from deploycc.backends import _inductor_package as pt2
 from deploycc.backends._distance import relative
-from deploycc.backends._settings import precision_in_hardware, processor_only
+from deploycc.backends._settings import latency_only, precision_in_hardware, processor_only
 from deploycc.core.artifact import Artifact, Form
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, Violation, enforce
 from deploycc.core.target import Target, machine
@@ -70,7 +70,8 @@ class Inductor:
 
     def constraints(self) -> Sequence[Constraint]:
         """Hardware, precision, operators."""
-        return (processor_only, known_platform, built_on_its_hardware, f32_or_bf16, precision_in_hardware, float_models, torch_operators)
+        hardware = (processor_only, known_platform, built_on_its_hardware)
+        return (*hardware, latency_only, f32_or_bf16, precision_in_hardware, float_models, torch_operators)
 
     def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
         """Write model.pt2. Raises UnsupportedError where the compiler fails, or the package does not do what the model does."""

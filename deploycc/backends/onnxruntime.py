@@ -17,7 +17,7 @@ import numpy as np
 
 from deploycc.backends import _onnxruntime_profile as profiler
 from deploycc.backends._onnxruntime_graph import coverage, kernels
-from deploycc.backends._settings import eight_bits, float32_only
+from deploycc.backends._settings import eight_bits, float32_only, latency_only
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import Availability, Built, Constraint, Session, Violation
 from deploycc.core.kernels import Kernel, Shapes
@@ -52,7 +52,7 @@ class OnnxRuntime:
 
     def constraints(self) -> Sequence[Constraint]:
         """Versions, activation types, and operators with a kernel."""
-        return (eight_bits, float32_only, opset_known, kernels_exist, cuda_in_float, cuda_in_sixteen_bits)
+        return (eight_bits, float32_only, latency_only, opset_known, kernels_exist, cuda_in_float, cuda_in_sixteen_bits)
 
     def absent(self, target: Target) -> str | None:
         """Why the target's execution provider is not here; the CPU's always is."""

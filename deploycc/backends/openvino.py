@@ -50,7 +50,7 @@ class OpenVino:
 
     def constraints(self) -> Sequence[Constraint]:
         """Activation types, precision, and operators with an implementation."""
-        return (eight_bits, processor_only, precision_in_hardware, reads_graph)
+        return (eight_bits, processor_only, precision_in_hardware, a_batch_to_divide, reads_graph)
 
     def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
         """Write model.xml and model.bin, and read from the compiled model which precision computes what."""
@@ -68,6 +68,7 @@ class OpenVino:
                 "version": installed,
                 "minimum": target.runtime.minimum or OLDEST,
                 "precision": target.runtime.precision,
+                "hint": target.runtime.hint,
             },
             signature=artifact.signature,
             coverage=graph.coverage(path, target.runtime.precision, artifact.quant),
@@ -124,6 +125,20 @@ def _count_names_anew(model: Any, kept: frozenset[str]) -> None:
         name = op.get_friendly_name()
         if name not in kept and NAMELESS.fullmatch(name):
             op.set_friendly_name(f"{op.get_type_name()}.{index}")
+
+
+def a_batch_to_divide(artifact: Artifact, target: Target) -> list[Violation]:
+    """Hint = "throughput" divides the samples of a call among streams, along a named first axis that all inputs and outputs share.
+
+    Capture the model with one: --input x:Nx3x224x224; or set runtime.hint = "latency".
+    """
+    if target.runtime.hint == "latency":
+        return []
+    first = {str(spec): spec.shape[0] if spec.shape else None for spec in (*artifact.signature.inputs, *artifact.signature.outputs)}
+    fixed = [text for text, axis in first.items() if not isinstance(axis, str)]
+    if not fixed and len(set(first.values())) > 1:
+        fixed = list(first)
+    return [Violation(f"target {target.name}", f"runtime.hint = {target.runtime.hint} with {', '.join(fixed)}")] if fixed else []
 
 
 def reads_graph(artifact: Artifact, target: Target) -> list[Violation]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from deploycc.backends import _tensorrt_probe as probing
 from deploycc.backends import _tensorrt_rules as rules
 from deploycc.backends import _tensorrt_settings as settings
+from deploycc.backends._settings import latency_only
 from deploycc.backends._tensorrt_settings import OLDEST, is_version_8
 from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import Availability, Built, Constraint, Coverage, Session, enforce
@@ -67,7 +68,7 @@ class TensorRt:
 
     def constraints(self) -> Sequence[Constraint]:
         """Types and shapes that the target allows, and every rule of the parser and of integers."""
-        return (*settings.RULES, *(rule for rule in rules.RULES if rule is not rules.opset_is_read))
+        return (latency_only, *settings.RULES, *(rule for rule in rules.RULES if rule is not rules.opset_is_read))
 
     def build(self, artifact: Artifact, target: Target, folder: Path) -> Built:
         """Write model.onnx with every type in it; check it with TensorRT-RTX where that is installed.

@@ -60,6 +60,9 @@ class Runtime(_Table):
     opset: int = Field(default=20, ge=13, le=24, description="ONNX opset of the artifact")
     ir_version: int = Field(default=10, ge=7, le=12, description="newest ONNX IR version the runtime reads")
     precision: Literal["f32", "bf16", "f16"] = Field(default="f32", description="what float operators are computed in")
+    hint: Literal["latency", "throughput"] = Field(
+        default="latency", description="throughput: the samples of a call are divided among streams of one thread each (OpenVINO)"
+    )
     provider: Literal["cpu", "cuda"] = Field(default="cpu", description="which execution provider of ONNX Runtime computes")
 
     @model_validator(mode="after")

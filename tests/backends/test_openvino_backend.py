@@ -200,6 +200,42 @@ def test_no_other_runtime_takes_a_precision_that_it_would_ignore(name):
     assert rule(residual(), Target.model_validate({**facts, "runtime": {**facts["runtime"], "precision": "bf16"}}))
 
 
+THROUGHPUT = INT8.model_copy(update={"runtime": INT8.runtime.model_copy(update={"hint": "throughput"})})
+RULES = backend.OpenVino().constraints()
+
+
+def test_the_throughput_hint_is_in_the_manifest_and_gives_the_same_answers(tmp_path):
+    artifact = onnx_artifact(graph("(float[N,4] x) => (float[N,4] y) { a = Softmax(x) y = Add(a, x) }"))
+    enforce(RULES, artifact, THROUGHPUT)
+    built = backend.OpenVino().build(artifact, THROUGHPUT, tmp_path)
+    assert built.runtime["hint"] == "throughput"
+    x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
+    with backend.OpenVino().open(built, THROUGHPUT, threads=2) as session, OnnxForm().open(artifact, threads=1) as plain:
+        np.testing.assert_allclose(session.run({"x": x})["y"], plain.run({"x": x})["y"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "(float[1,4] x) => (float[1,4] y) { y = Relu(x) }",
+        "(float[N,4] x) => (float[4] y) { y = ReduceSum <keepdims = 0> (x, s) }",
+        "(float[N,4] x, float[M,4] z) => (float[K,4] y) { y = Concat <axis = 0> (x, z) }",
+    ],
+)
+def test_the_throughput_hint_needs_a_batch_to_divide(body):
+    artifact = onnx_artifact(graph(body, **({"s": np.array([0])} if "ReduceSum" in body else {})))
+    with pytest.raises(UnsupportedError, match=r"runtime\.hint = throughput with"):
+        enforce(RULES, artifact, THROUGHPUT)
+    assert backend.a_batch_to_divide(artifact, INT8) == []
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "fbgemm", "inductor", "executorch", "tensorrt"])
+def test_no_other_runtime_takes_a_hint_that_it_would_ignore(name):
+    rule = next(rule for rule in BACKENDS.get(name).constraints() if rule.__name__ == "latency_only")
+    assert rule(residual(), INT8) == []
+    assert rule(residual(), THROUGHPUT)
+
+
 def test_it_says_how_to_install_it(monkeypatch):
     def missing(name):
         raise backend.PackageNotFoundError(name)

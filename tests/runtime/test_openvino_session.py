@@ -7,6 +7,7 @@ import pytest
 
 from deploycc.errors import BundleError, MismatchError, SignatureError
 from deploycc.runtime import sessions
+from deploycc.runtime.machine import available_cores
 from deploycc.runtime.sessions import openvino as session_module
 from deploycc.runtime.signature import Signature, TensorSpec
 
@@ -46,6 +47,25 @@ def test_it_runs_and_takes_a_named_axis_of_any_size(tmp_path):
         np.testing.assert_array_equal(y, np.maximum(x, 0))
 
 
+def test_the_throughput_hint_divides_the_samples_of_a_call_among_streams(tmp_path):
+    path, signature = small(tmp_path / "m.xml")
+    with session_module.open(path, signature, RUNTIME | {"hint": "throughput"}, 3) as session:
+        assert len(session._requests) == min(3, available_cores())
+        seen = []
+        for rows in (1, 2, 3, 8):
+            x = np.linspace(-1, 1, rows * 4, dtype=np.float32).reshape(rows, 4)
+            seen.append((x, session.run({"x": x})["y"]))
+    for x, y in seen:
+        np.testing.assert_array_equal(y, np.maximum(x, 0))
+
+
+def test_one_thread_is_one_stream_whatever_the_hint(tmp_path):
+    path, signature = small(tmp_path / "m.xml")
+    with session_module.open(path, signature, RUNTIME | {"hint": "throughput"}, 1) as session:
+        assert len(session._requests) == 1
+        np.testing.assert_array_equal(session.run({"x": np.ones((2, 4), np.float32)})["y"], np.ones((2, 4)))
+
+
 def test_an_input_that_does_not_lie_in_a_row_is_read_right(tmp_path):
     path, signature = small(tmp_path / "m.xml")
     x = np.linspace(-1, 1, 8, dtype=np.float32).reshape(4, 2).T
@@ -55,7 +75,7 @@ def test_an_input_that_does_not_lie_in_a_row_is_read_right(tmp_path):
 
 def test_threads_and_precision_are_set(tmp_path):
     path, signature = small(tmp_path / "m.xml")
-    loaded = session_module.open(path, signature, RUNTIME, 2)._request.get_compiled_model()
+    loaded = session_module.open(path, signature, RUNTIME, 2)._requests[0].get_compiled_model()
     assert loaded.get_property("INFERENCE_NUM_THREADS") == 2
     assert loaded.get_property("NUM_STREAMS") == 1
     assert str(loaded.get_property("INFERENCE_PRECISION_HINT")) == "<Type: 'float32'>"
@@ -128,7 +148,7 @@ def test_what_is_compiled_is_kept_where_it_is_asked_for(tmp_path, monkeypatch):
         monkeypatch.setenv(session_module.CACHE, str(root))
         with session_module.open(path, signature, RUNTIME, 1) as session:
             np.testing.assert_array_equal(session.run({"x": x})["y"], np.maximum(x, 0))
-            hit = session._request.get_compiled_model().get_property("LOADED_FROM_CACHE")
+            hit = session._requests[0].get_compiled_model().get_property("LOADED_FROM_CACHE")
         if not root:
             assert sorted(tmp_path.rglob("*")) == before
     assert hit
