@@ -8,6 +8,7 @@ import json
 import random
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 from deploycc.package.bundle import write
 from deploycc.package.manifest import Contents
 from deploycc.runtime.bundle import canonical
+from deploycc.runtime.doubts import instability
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
 from deploycc.runtime.statistics import Samples, summarize
 from deploycc.runtime.transform import Transform
@@ -253,20 +255,43 @@ def restless(seed: int) -> Samples:
     return Samples(times.astype(np.int64), 4, 3)
 
 
-@pytest.mark.parametrize("samples", [steady(1), steady(2), restless(3), Samples(np.array([5, 7, 6, 9], np.int64), 2, 1)])
-def test_percentiles_are_the_harness_s(probe: Path, tmp_path: Path, samples: Samples):
-    """Where the harness gives them: it leaves out what few runs do not carry. The interval is the runner's own, a bootstrap's."""
+def two_speeds(seed: int) -> Samples:
+    rng = np.random.default_rng(seed)
+    return Samples((1e6 * rng.lognormal(0, 0.01, 600) * np.where(rng.random(600) < 0.3, 1.3, 1)).astype(np.int64), 6, 3)
+
+
+def interrupted(seed: int) -> Samples:
+    times = 1e6 * np.random.default_rng(seed).lognormal(0, 0.01, 1200)
+    times[::40] *= 3
+    return Samples(times.astype(np.int64), 6, 3)
+
+
+SERIES = (
+    steady(1),
+    steady(2),
+    restless(3),
+    two_speeds(4),
+    interrupted(5),
+    *(Samples(np.array(ns), 2, 1) for ns in ([5, 7, 6, 9], [5, 7, 6, 9, 8, 8])),
+)
+
+
+@pytest.mark.parametrize("samples", SERIES)
+def test_statistics_are_the_host_s(probe: Path, tmp_path: Path, samples: Samples):
     np.savez(tmp_path / "s.npz", ns=samples.ns, per_round=np.array(samples.per_round))
     found = cpp_probe.answer(cpp_probe.run(probe, "statistics", tmp_path / "s.npz"))
     wanted = summarize(samples)
-    for name in ("runs", "p50", "p90", "p95", "p99", "fastest", "slowest"):
-        value = getattr(wanted, name)
-        assert value is None or found[name] == pytest.approx(value, rel=1e-12), name
-    assert found["mean"] == pytest.approx(wanted.mean, rel=1e-12)
-    assert found["std"] == pytest.approx(wanted.std, rel=1e-9)
-    assert found["low"] <= wanted.high
-    assert wanted.low <= found["high"]
-    assert bool(found["warnings"]) is (samples.per_round != 8)
+    assert found.pop("warnings") == list(instability(samples, wanted))
+    assert list(found) == list(asdict(wanted))
+    for name, value in asdict(wanted).items():
+        assert found[name] == (None if value is None else pytest.approx(value, rel=1e-9)), name
+
+
+def test_the_samples_are_of_every_kind():
+    said = " ".join(text for item in SERIES for text in instability(item, summarize(item)))
+    for words in ("standard deviation", "only known to", "heat, or other work", "is not shown", "times the median", "two speeds", "µs"):
+        assert words in said
+    assert not instability(steady(1), summarize(steady(1)))
 
 
 def test_the_machine_is_seen_as_python_sees_it(probe: Path):

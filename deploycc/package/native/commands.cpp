@@ -5,13 +5,14 @@
 #include <memory>
 
 #include "bundle.h"
+#include "clock.h"
+#include "doubts.h"
 #include "error.h"
 #include "files.h"
 #include "machine.h"
 #include "manifest.h"
 #include "record.h"
 #include "session.h"
-#include "statistics.h"
 #include "text.h"
 
 namespace deploycc {
@@ -68,23 +69,27 @@ Answer selftest(const Options& options) {
   return answer;
 }
 
+Json maybe(const std::optional<double>& value) { return value ? Json(*value) : Json(); }
+
 Json to_json(const Summary& summary) {
   return Json::object({{"runs", static_cast<int64_t>(summary.runs)},
                        {"p50", summary.p50},
                        {"low", summary.low},
                        {"high", summary.high},
-                       {"p90", summary.p90},
-                       {"p95", summary.p95},
-                       {"p99", summary.p99},
+                       {"p90", maybe(summary.p90)},
+                       {"p95", maybe(summary.p95)},
+                       {"p99", maybe(summary.p99)},
+                       {"p999", maybe(summary.p999)},
                        {"mean", summary.mean},
                        {"std", summary.deviation},
                        {"fastest", summary.fastest},
                        {"slowest", summary.slowest}});
 }
 
-Json with_settings(Json measured, double seconds, size_t runs) {
+Json with_settings(Json measured, const Samples& samples, double seconds, size_t runs) {
   measured.set("min_seconds", seconds);
   measured.set("min_runs", static_cast<int64_t>(runs));
+  measured.set("stable", samples.stable ? Json(*samples.stable) : Json());
   return measured;
 }
 
@@ -119,13 +124,17 @@ Answer bench(const Options& options) {
   const auto growth = before && cold && *cold > *before ? std::optional((*cold - *before) / 1e6) : std::nullopt;
   const Run run{text_of(answer.document, "target"), text_of(opened.bundle.runtime(), "package"), runtime_version(), samples, feeds[0],
                 opened.threads, seconds, runs, open_ms, first_ms, growth};
-  if (options.samples) answer.document.set("measurement", with_settings(measurement(run), seconds, runs));
+  if (options.samples) answer.document.set("measurement", with_settings(measurement(run), samples, seconds, runs));
   if (!options.save.empty()) save_text(options.save, record(run).dump() + "\n");
+  std::string tail;
+  for (const auto& [name, value] : {std::pair("p90", summary.p90), std::pair("p99", summary.p99), std::pair("p99.9", summary.p999)}) {
+    if (value) tail += format("%s %.3f, ", name, *value);
+  }
   answer.lines = {
       format("%s on %s, %s, %d thread%s", text_of(answer.document, "target").c_str(), text_of(answer.document, "runtime").c_str(),
              cpu_model().c_str(), opened.threads, opened.threads > 1 ? "s" : ""),
-      format("p50 %.3f ms (%.3f to %.3f), p90 %.3f, p99 %.3f, mean %.3f; %zu runs", summary.p50, summary.low, summary.high, summary.p90,
-             summary.p99, summary.mean, summary.runs),
+      format("p50 %.3f ms (%.3f to %.3f), %smean %.3f; %zu runs", summary.p50, summary.low, summary.high, tail.c_str(), summary.mean,
+             summary.runs),
       format("cold start %.1f ms to open + %.1f ms first answer; peak memory %s", open_ms, first_ms,
              peak ? format("%.0f MB, this whole process", *peak / 1e6).c_str() : "not known")};
   for (const auto& warning : warnings) answer.lines.push_back("warning: " + warning);

@@ -1,161 +1,115 @@
 #include "statistics.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <random>
 #include <utility>
-
-#include "text.h"
 
 namespace deploycc {
 
 namespace {
 
-constexpr double most_runs = 20'000, least_rounds = 5, shortest_block_ns = 5e6;
-constexpr int warmup_windows = 5;
-constexpr double warmup_seconds = 0.15;
-constexpr size_t warmup_runs = 3, resamples = 1'000, enough_for_p99 = 100;
-constexpr double tail_percent = 2.5, drift_limit = 0.05, std_limit = 0.10, interval_limit = 0.03, tail_limit = 1.5;
-constexpr double shortest_call_ns = 10'000;
+constexpr double confidence = 0.95, pi = 3.14159265358979323846;
 
-int64_t timed(const Call& call, size_t number) {
-  const int64_t begin = now_ns();
-  call(number);
-  return std::max<int64_t>(1, now_ns() - begin);
-}
-
-// Percentile of sorted values, interpolated linearly from the nearer side.
-double percentile(const std::vector<double>& sorted, double percent) {
-  const double position = static_cast<double>(sorted.size() - 1) * (percent / 100);
-  const auto below = static_cast<size_t>(position);
-  const auto above = std::min(below + 1, sorted.size() - 1);
-  const double share = position - static_cast<double>(below), step = sorted[above] - sorted[below];
-  return share < 0.5 ? sorted[below] + step * share : sorted[above] - step * (1 - share);
-}
-
-template <typename Iterator>
-double median(Iterator begin, Iterator end) {
-  std::vector<double> values(begin, end);
-  std::sort(values.begin(), values.end());
-  return (values[(values.size() - 1) / 2] + values[values.size() / 2]) / 2;
-}
-
-// Calls in windows until one is no faster than the one before. Returns (calls made, fastest ns).
-std::pair<size_t, double> warm_up(const Call& call) {
-  size_t made = 0;
-  double before = std::numeric_limits<double>::infinity(), fastest = before;
-  for (int window = 0; window < warmup_windows; ++window) {
-    std::vector<double> times;
-    const int64_t end = now_ns() + static_cast<int64_t>(warmup_seconds * 1e9);
-    while (times.size() < warmup_runs || now_ns() < end) times.push_back(static_cast<double>(timed(call, made + times.size())));
-    made += times.size();
-    fastest = std::min(fastest, *std::min_element(times.begin(), times.end()));
-    const double typical = median(times.begin(), times.end());
-    if (typical > before * (1 - drift_limit)) break;
-    before = typical;
+// Share of Student's t below `t` for whole degrees of freedom (Abramowitz & Stegun 26.7.3 and 26.7.4).
+double student_cdf(double t, int freedom) {
+  const double angle = std::atan2(t, std::sqrt(freedom)), sine = std::sin(angle), square = std::pow(std::cos(angle), 2);
+  const int odd = freedom % 2;
+  double term = odd ? std::cos(angle) : 1.0, total = term;
+  for (int step = 2 + odd; step < freedom; step += 2) {
+    term *= square * (step - 1) / step;
+    total += term;
   }
-  return {made, fastest};
+  const double inside = odd ? 2 / pi * (angle + (freedom > 1 ? sine * total : 0.0)) : sine * total;
+  return 0.5 + inside / 2;
 }
 
-// The median of each bootstrap draw of rounds: the smallest sample with at least half of the draw at or below it.
-std::vector<double> bootstrap_medians(const Samples& samples) {
-  std::vector<size_t> order(samples.rounds() * samples.per_round);
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return samples.ns[a] < samples.ns[b]; });
-  const size_t rounds = samples.rounds();
-  std::mt19937_64 random(0);
-  std::vector<double> medians;
-  for (size_t draw = 0; draw < resamples; ++draw) {
-    std::vector<size_t> times(rounds, 0);
-    for (size_t i = 0; i < rounds; ++i) ++times[random() % rounds];
-    size_t passed = 0, at = 0;
-    while (2 * (passed += times[order[at] / samples.per_round]) < order.size()) ++at;
-    medians.push_back(static_cast<double>(samples.ns[order[at]]));
+double student_quantile(int freedom) {
+  double low = 0, high = 1e6;
+  for (int i = 0; i < 80; ++i) {
+    const double middle = (low + high) / 2;
+    (student_cdf(middle, freedom) < (1 + confidence) / 2 ? low : high) = middle;
   }
-  std::sort(medians.begin(), medians.end());
-  return medians;
+  return (low + high) / 2;
+}
+
+// How many cosine transforms are averaged: fewer where neighbours are correlated, so that only slow waves count.
+int transforms(const std::vector<double>& centered) {
+  const auto count = static_cast<double>(centered.size());
+  const int usual = std::max(2, static_cast<int>(std::nearbyint(0.4 * std::pow(count, 2.0 / 3))));
+  const double power = std::inner_product(centered.begin(), centered.end(), centered.begin(), 0.0);
+  double alike = power > 0 ? std::inner_product(centered.begin() + 1, centered.end(), centered.begin(), 0.0) / power : 0.0;
+  alike += (1 + 3 * alike) / count;  // the estimate is too low by that much (Kendall 1954)
+  if (alike < 2 / std::sqrt(count)) return std::min(usual, static_cast<int>(count) - 1);
+  return std::max(2, std::min(usual, static_cast<int>(std::nearbyint(1.3 * usual * (1 - alike)))));
+}
+
+// Standard error of the mean of a series whose neighbours are alike, and its degrees of freedom.
+std::pair<double, int> standard_error(std::vector<double> values) {
+  const size_t count = values.size();
+  if (count < 3) return {std::numeric_limits<double>::infinity(), 1};
+  const double mean = std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(count);
+  for (double& value : values) value -= mean;
+  const int used = transforms(values);
+  double squares = 0;
+  for (int wave = 1; wave <= used; ++wave) {
+    double sum = 0;
+    for (size_t i = 0; i < count; ++i) sum += std::cos(pi * wave * (static_cast<double>(i) + 0.5) / static_cast<double>(count)) * values[i];
+    squares += 2 / static_cast<double>(count) * sum * sum;
+  }
+  return {std::sqrt(squares / used / static_cast<double>(count)), used};
+}
+
+// 95 % interval of the median: that of each round's share of calls below it, read back through the sorted times (Woodruff 1952).
+std::pair<double, double> median_interval(const Samples& samples, const std::vector<double>& sorted) {
+  const double found = quantile(sorted, 0.5);
+  std::vector<double> below;
+  for (size_t first = 0; first + samples.per_round <= samples.ns.size(); first += samples.per_round) {
+    double share = 0;
+    for (size_t i = first; i < first + samples.per_round; ++i) {
+      const auto time = static_cast<double>(samples.ns[i]);
+      share += time < found ? 1.0 : (time == found ? 0.5 : 0.0);
+    }
+    below.push_back(share / static_cast<double>(samples.per_round));
+  }
+  const auto [error, freedom] = standard_error(std::move(below));
+  const double reach = student_quantile(freedom) * error;
+  return {quantile(sorted, std::max(0.0, 0.5 - reach)), quantile(sorted, std::min(1.0, 0.5 + reach))};
 }
 
 }  // namespace
 
-int64_t now_ns() {
-  using std::chrono::duration_cast, std::chrono::nanoseconds, std::chrono::steady_clock;
-  return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
+double quantile(const std::vector<double>& sorted, double share) {
+  const double position = static_cast<double>(sorted.size() - 1) * share;
+  const auto below = static_cast<size_t>(position);
+  const auto above = std::min(below + 1, sorted.size() - 1);
+  const double rest = position - static_cast<double>(below), step = sorted[above] - sorted[below];
+  return rest < 0.5 ? sorted[below] + step * rest : sorted[above] - step * (1 - rest);
 }
 
-Samples time_calls(const Call& call, double min_seconds, size_t min_runs) {
-  const auto [made, fastest] = warm_up(call);
-  const double block = std::max(shortest_block_ns, 2 * fastest);
-  const double expected_rounds = std::max({least_rounds, static_cast<double>(min_runs) / 2, min_seconds * 1e9 / block});
-  const double most = std::max(2.0, std::floor(most_runs / expected_rounds));
-  Samples samples;
-  samples.warmups = made;
-  samples.per_round = static_cast<size_t>(std::min(most, std::max(2.0, std::nearbyint(block / fastest))));
-  double spent = 0;
-  size_t rounds = 0;
-  const auto enough = [&] {
-    const size_t runs = samples.ns.size();
-    return runs >= static_cast<size_t>(most_runs) || (runs >= min_runs && spent >= min_seconds * 1e9 && rounds >= least_rounds);
-  };
-  while (!enough()) {
-    const size_t first = rounds * samples.per_round;
-    call(first);  // not counted: brings the weights back into the caches
-    for (size_t i = 0; i < samples.per_round; ++i) {
-      samples.ns.push_back(timed(call, first + i));
-      spent += static_cast<double>(samples.ns.back());
-    }
-    ++rounds;
-  }
-  return samples;
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return (values[(values.size() - 1) / 2] + values[values.size() / 2]) / 2;
 }
+
+size_t needed_runs(double share) { return static_cast<size_t>(std::ceil(std::log(1 - confidence) / std::log(share))); }
 
 Summary summarize(const Samples& samples) {
-  std::vector<double> ms;
-  for (const auto time : samples.ns) ms.push_back(static_cast<double>(time) / 1e6);
-  const auto count = static_cast<double>(ms.size());
-  const double mean = std::accumulate(ms.begin(), ms.end(), 0.0) / count;
+  std::vector<double> sorted(samples.ns.begin(), samples.ns.end());
+  const auto count = static_cast<double>(sorted.size());
+  const double mean = std::accumulate(sorted.begin(), sorted.end(), 0.0) / count;
   double squares = 0;
-  for (const double time : ms) squares += (time - mean) * (time - mean);
-  std::sort(ms.begin(), ms.end());
-  const auto medians = bootstrap_medians(samples);
-  return {ms.size(),
-          percentile(ms, 50),
-          percentile(medians, tail_percent) / 1e6,
-          percentile(medians, 100 - tail_percent) / 1e6,
-          percentile(ms, 90),
-          percentile(ms, 95),
-          percentile(ms, 99),
-          mean,
-          std::sqrt(squares / count),
-          ms.front(),
-          ms.back()};
-}
-
-std::vector<std::string> instability(const Samples& samples, const Summary& summary) {
-  std::vector<std::string> found;
-  if (summary.deviation > std_limit * summary.mean) {
-    found.push_back(format("the standard deviation is %.0f%% of the mean: the machine is busy or its clock changes",
-                           100 * summary.deviation / summary.mean));
-  }
-  const double width = (summary.high - summary.low) / 2 / summary.p50;
-  if (width > interval_limit) found.push_back(format("the median is only known to ±%.0f%%: measure longer", 100 * width));
-  const auto half = samples.ns.begin() + static_cast<std::ptrdiff_t>(samples.ns.size() / 2);
-  const double drift = median(half, samples.ns.end()) / median(samples.ns.begin(), half) - 1;
-  if (std::fabs(drift) > drift_limit) {
-    found.push_back(format("the second half is %.0f%% %s than the first: heat, or other work", 100 * std::fabs(drift),
-                           drift > 0 ? "slower" : "faster"));
-  }
-  if (summary.runs < enough_for_p99) found.push_back(format("p99 of %zu runs is not reliable: it needs %zu", summary.runs, enough_for_p99));
-  if (summary.p99 > tail_limit * summary.p50) {
-    found.push_back(format("p99 is %.1f times the median: something interrupts the calls", summary.p99 / summary.p50));
-  }
-  if (summary.p50 * 1e6 < shortest_call_ns) {
-    found.push_back(format("a call takes %.1f µs: the cost of the loop and the clock is part of it", summary.p50 * 1e3));
-  }
-  return found;
+  for (const double time : sorted) squares += (time - mean) * (time - mean);
+  std::sort(sorted.begin(), sorted.end());
+  const auto [low, high] = median_interval(samples, sorted);
+  const auto percentile = [&](double share) -> std::optional<double> {
+    if (sorted.size() < needed_runs(share)) return std::nullopt;
+    return quantile(sorted, share) / 1e6;
+  };
+  return {sorted.size(),     quantile(sorted, 0.5) / 1e6, low / 1e6,         high / 1e6,
+          percentile(0.90),  percentile(0.95),            percentile(0.99),  percentile(0.999),
+          mean / 1e6,        std::sqrt(squares / count) / 1e6, sorted.front() / 1e6, sorted.back() / 1e6};
 }
 
 }  // namespace deploycc
