@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import _quantizers_files
-from _quantizers_cases import Given, open_target, options_of
+from _quantizers_cases import ARRAYS, Given, open_target, options_of
 from _shared import DASH, about, real_photos, results_folder, say, table, write
 
 from deploycc import driver
@@ -74,7 +74,8 @@ def build(given: Given, target: str, precision: str, photos: Photos, folder: Pat
 
 def row_of(given: Given, target: str, precision: str, cores: Sequence[str], photos: Photos, folder: Path) -> Row:
     """One bundle on every core; `problem` where there is none."""
-    row: Row = {"model": given.name, "real": given.real, "target": target, "precision": precision, "problem": "", "cores": []}
+    facts = {"model": given.name, "real": given.real, "vectors": given.kind == ARRAYS}
+    row: Row = {**facts, "target": target, "precision": precision, "problem": "", "cores": []}
     try:
         bundle = build(given, target, precision, photos, folder)
         say(f"{given.name}: {target}, {precision} on {', '.join(cores)}")
@@ -159,17 +160,20 @@ def _answers(rows: Sequence[Row], cores: Sequence[str]) -> str:
             lines.append([row["model"], row["target"], row["precision"], DASH, *[DASH] * len(cores), row["problem"]])
             continue
         by_core = {item["core"]: (item, shown) for item, shown in zip(row["cores"], row["differences"], strict=True)}
-        cells = [_answer(*by_core[core]) if core in by_core else DASH for core in cores]
+        cells = [_answer(*by_core[core], vectors=row["vectors"]) if core in by_core else DASH for core in cores]
         kinds = dict.fromkeys(", ".join(item["multiplies"]) for item in row["cores"] if item["multiplies"])
         lines.append([row["model"], row["target"], row["precision"], f"{row['bytes'] / 1e6:.2f}", *cells, "; ".join(kinds)])
     return table(header, lines)
 
 
-def _answer(item: Row, shown: str) -> str:
+def _answer(item: Row, shown: str, *, vectors: bool) -> str:
+    """`vectors`: the largest of its numbers is no class."""
     if not item["ok"]:
         return "FAILED"
     agreement, cosine = item["agreement"], item.get("cosine")
-    nearness = f", {100 * agreement:.0f} %" if agreement is not None else f", cos {cosine:.4f}" if cosine is not None else ""
+    nearness = f", cos {cosine:.4f}" if cosine is not None else ""
+    if agreement is not None and not vectors:
+        nearness = f", {100 * agreement:.0f} %"
     return f"ok, {shown}{nearness}"
 
 

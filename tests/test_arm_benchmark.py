@@ -17,7 +17,8 @@ def core(name, minsn, **changes):
 
 
 def row(precision="int8", cores=(), **changes):
-    found = {"model": "lite0", "real": True, "target": "arm64-xnnpack", "precision": precision, "problem": "", "cores": list(cores)}
+    found = {"model": "lite0", "real": True, "vectors": False, "target": "arm64-xnnpack", "precision": precision, "problem": ""}
+    found |= {"cores": list(cores)}
     return found | {"bytes": 5e6, "emulator": "qemu 7.2.22", "differences": ["none"] * len(found["cores"])} | changes
 
 
@@ -30,6 +31,13 @@ def test_costs_stand_side_by_side_and_never_as_times(arm):
     assert "`measured: false`" in page
     assert " ms" not in page
     assert "The bar is met." in page
+
+
+def test_a_vector_is_near_and_no_class(arm):
+    vector = row(cores=[core("cortex-a53", 1.0, agreement=0.5, cosine=0.9987)], vectors=True)
+    page = arm.markdown({"rows": [vector], "missed": []}, "this machine")
+    assert "ok, none, cos 0.9987 |" in page
+    assert "50 %" not in page
 
 
 def test_what_does_not_meet_the_bar_is_named(arm):
