@@ -6,6 +6,7 @@ the convolutions and products in the order of the run, and where they do not lis
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from deploycc.core.timing import OperatorTime
 HEAVY = re.compile(r"^(aten::(_convolution|conv\w*|linear|addmm|mm|bmm|baddbmm|matmul|scaled_dot\w+)|quantized::(conv|linear)\w*)$")
 CONVERSIONS = ("aten::quantize_per_tensor", "aten::dequantize")
 SET_UP = ("aten::empty", "aten::lift_fresh", "aten::item", "aten::detach")
+SILENT_KINETO = ("KINETO_LOG_LEVEL", "6")  # it looks for GPUs, starts and stops, and says so on stderr each time
 FRAME = "forward"  # what TorchScript calls the whole of a model
 
 
@@ -24,12 +26,13 @@ def operators(run: Callable[[], object], runs: int) -> list[OperatorTime]:
     """What one call of `run` computes, in order, over `runs` calls after as many that do not count."""
     from torch.autograd import profiler
 
+    os.environ.setdefault(*SILENT_KINETO)
     for _ in range(runs):
         run()
     turns: list[list[Any]] = []
     for _ in range(runs):
         seen: Any = profiler.profile(use_kineto=False)
-        with seen:  # Kineto looks for GPUs, and says so on stderr
+        with seen:
             run()
         turns.append([event for event in seen.function_events if _outermost(event)])
     usual = [event.name for event in turns[0]]

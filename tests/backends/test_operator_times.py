@@ -1,5 +1,6 @@
 """Time, shapes and precision of every operator, as the runtimes' own profilers tell them."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -154,3 +155,9 @@ def test_an_integer_torchscript_model(tmp_path):
     heavy = [item for item in found if item.macs]
     assert {item.precision for item in heavy} == {"int8"}
     assert len(heavy) == 4
+
+
+def test_pytorch_s_profiler_says_nothing():
+    text = "import torch; from deploycc.backends._torch_profile import operators; print(len(operators(lambda: torch.ones(3) + 1, 2)))"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("2\n", "")  # torch.ones and the sum
