@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import random
 import shutil
@@ -23,12 +24,14 @@ def build(cache: pytest.Cache) -> Path:
     if missing := [tool for tool in ("cmake", "g++") if shutil.which(tool) is None]:
         pytest.skip(f"{' and '.join(missing)} not installed: apt-get install -y g++ cmake make")
     folder = cache.mkdir("cpp-probe")
-    for command in (
-        ["cmake", "-S", str(HERE), "-B", str(folder), f"-DNATIVE={SOURCES}", "-DCMAKE_BUILD_TYPE=Debug"],
-        ["cmake", "--build", str(folder), "--parallel", "2"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers want it, and make does not share a folder
+        for command in (
+            ["cmake", "-S", str(HERE), "-B", str(folder), f"-DNATIVE={SOURCES}", "-DCMAKE_BUILD_TYPE=Debug"],
+            ["cmake", "--build", str(folder), "--parallel", "2"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
