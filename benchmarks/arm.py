@@ -8,9 +8,10 @@ with the 20 ImageNet photos of foolbox, the others with their golden samples. --
 table's other half; they are slow under emulation (minutes per call of ResNet-18). MiniLM is made from ASSETS (_quantizers_files.py says of
 what). Rows that are there already stay, so that the script can be run piece by piece.
 
-The bar: every selftest passes on every core, and integer answers are those of this machine, or one step of the output's scale away. Exit
-status 1 when it is not met, 2 where nothing can be emulated. Instructions are an estimated relative cost, of one core against itself and of
-one precision: they are no time, and understate what int8 gains on cores without dot product, where float waits for memory.
+The bar: every selftest passes on every core, and integer answers are those of this machine, or one step of the output's scale away (where
+the last layers are float there are no steps, and nothing but equal answers meets it). Exit status 1 when it is not met, 2 where nothing can
+be emulated. Instructions are an estimated relative cost, of one core against itself and of one precision: they are no time, and understate
+what int8 gains on cores without dot product, where float waits for memory.
 """
 
 from __future__ import annotations
@@ -106,7 +107,14 @@ def missed(rows: Sequence[Row]) -> list[str]:
                 found.append(f"{where}, {item['core']}: {item['refused'].splitlines()[0]}")
             elif max(steps, default=0.0) > ONE_STEP:
                 found.append(f"{where}, {item['core']}: {max(steps):.0f} steps of the output's scale from this machine's answers")
+            elif row["precision"] == "int8" and (off := _stepless(item["distances"])):
+                found.append(f"{where}, {item['core']}: float outputs, {off:.2g} from this machine's: no steps to count")
     return found
+
+
+def _stepless(distances: Sequence[Row]) -> float:
+    """The largest difference of outputs that are no whole multiples of a scale."""
+    return max((distance["max_abs"] for distance in distances if distance["max_lsb"] is None), default=0.0)
 
 
 def markdown(document: dict[str, Any], machine: str) -> str:

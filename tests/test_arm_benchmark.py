@@ -33,6 +33,12 @@ def test_costs_stand_side_by_side_and_never_as_times(arm):
     assert "The bar is met." in page
 
 
+def test_float_answers_of_an_integer_bundle_meet_the_bar_only_when_equal(arm):
+    off, same = ([{"max_lsb": None, "max_abs": value}] for value in (0.0087, 0.0))
+    rows = [row(cores=[core("cortex-a53", 1.0, distances=off), core("cortex-a72", 1.0, distances=same)])]
+    assert arm.missed(rows) == ["lite0, arm64-xnnpack, int8, cortex-a53: float outputs, 0.0087 from this machine's: no steps to count"]
+
+
 def test_a_vector_is_near_and_no_class(arm):
     vector = row(cores=[core("cortex-a53", 1.0, agreement=0.5, cosine=0.9987)], vectors=True)
     page = arm.markdown({"rows": [vector], "missed": []}, "this machine")

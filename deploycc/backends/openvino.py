@@ -128,17 +128,20 @@ def _count_names_anew(model: Any, kept: frozenset[str]) -> None:
 
 
 def a_batch_to_divide(artifact: Artifact, target: Target) -> list[Violation]:
-    """Hint = "throughput" divides the samples of a call among streams, along a named first axis that all inputs and outputs share.
+    """The throughput hint divides the samples of a call among threads, along a named first axis that all inputs and outputs share.
 
-    Capture the model with one: --input x:Nx3x224x224; or set runtime.hint = "latency".
+    Capture the model with one (--input x:Nx3x224x224) and give two threads or more (--threads 2); or set runtime.hint = "latency".
     """
+    where, hint = f"target {target.name}", f"runtime.hint = {target.runtime.hint}"
     if target.runtime.hint == "latency":
         return []
+    if target.bench.threads == 1:
+        return [Violation(where, f"{hint} with bench.threads = 1")]
     first = {str(spec): spec.shape[0] if spec.shape else None for spec in (*artifact.signature.inputs, *artifact.signature.outputs)}
     fixed = [text for text, axis in first.items() if not isinstance(axis, str)]
     if not fixed and len(set(first.values())) > 1:
         fixed = list(first)
-    return [Violation(f"target {target.name}", f"runtime.hint = {target.runtime.hint} with {', '.join(fixed)}")] if fixed else []
+    return [Violation(where, f"{hint} with {', '.join(fixed)}")] if fixed else []
 
 
 def reads_graph(artifact: Artifact, target: Target) -> list[Violation]:

@@ -71,9 +71,11 @@ def _taken_for(target: Any, nodes: Iterable[fx.Node]) -> Generator[None]:
     before = {node: node.target for node in nodes}
     for node in before:
         node.target = target
-    yield
-    for node, own in before.items():
-        node.target = own
+    try:
+        yield
+    finally:
+        for node, own in before.items():
+            node.target = own
 
 
 def _is_float(node: fx.Node) -> bool:

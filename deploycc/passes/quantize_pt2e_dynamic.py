@@ -4,7 +4,8 @@
     weight       int8, q = round(w / s_c), |q| ≤ 127, s_c = max |w_c| / 127, one scale per output channel
 
 Rows that are unlike cost a scale per tensor most of its 8 bits: MiniLM-L6's sentence vectors (BERT, six layers) have 5.2 dB against the
-float ones with quantize-pt2e, and 25.8 dB with this pass, both as .pte. Convolutions and products of two activations stay in float.
+float ones with quantize-pt2e, and 25.9 dB with this pass, both as .pte, over 2,500 sentences (`benchmarks/arm.py --only minilm`).
+Convolutions and products of two activations stay in float.
 """
 
 from __future__ import annotations

@@ -200,13 +200,16 @@ def test_no_other_runtime_takes_a_precision_that_it_would_ignore(name):
     assert rule(residual(), Target.model_validate({**facts, "runtime": {**facts["runtime"], "precision": "bf16"}}))
 
 
-THROUGHPUT = INT8.model_copy(update={"runtime": INT8.runtime.model_copy(update={"hint": "throughput"})})
+ONE_THREAD = INT8.model_copy(update={"runtime": INT8.runtime.model_copy(update={"hint": "throughput"})})
+THROUGHPUT = ONE_THREAD.model_copy(update={"bench": INT8.bench.model_copy(update={"threads": 2})})
 RULES = backend.OpenVino().constraints()
 
 
 def test_the_throughput_hint_is_in_the_manifest_and_gives_the_same_answers(tmp_path):
     artifact = onnx_artifact(graph("(float[N,4] x) => (float[N,4] y) { a = Softmax(x) y = Add(a, x) }"))
     enforce(RULES, artifact, THROUGHPUT)
+    with pytest.raises(UnsupportedError, match=r"runtime\.hint = throughput with bench\.threads = 1"):
+        enforce(RULES, artifact, ONE_THREAD)
     built = backend.OpenVino().build(artifact, THROUGHPUT, tmp_path)
     assert built.runtime["hint"] == "throughput"
     x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)

@@ -69,17 +69,15 @@ Answer selftest(const Options& options) {
   return answer;
 }
 
-Json maybe(const std::optional<double>& value) { return value ? Json(*value) : Json(); }
-
 Json to_json(const Summary& summary) {
   return Json::object({{"runs", static_cast<int64_t>(summary.runs)},
                        {"p50", summary.p50},
                        {"low", summary.low},
                        {"high", summary.high},
-                       {"p90", maybe(summary.p90)},
-                       {"p95", maybe(summary.p95)},
-                       {"p99", maybe(summary.p99)},
-                       {"p999", maybe(summary.p999)},
+                       {"p90", summary.p90},
+                       {"p95", summary.p95},
+                       {"p99", summary.p99},
+                       {"p999", summary.p999},
                        {"mean", summary.mean},
                        {"std", summary.deviation},
                        {"fastest", summary.fastest},
@@ -89,7 +87,7 @@ Json to_json(const Summary& summary) {
 Json with_settings(Json measured, const Samples& samples, double seconds, size_t runs) {
   measured.set("min_seconds", seconds);
   measured.set("min_runs", static_cast<int64_t>(runs));
-  measured.set("stable", samples.stable ? Json(*samples.stable) : Json());
+  measured.set("stable", samples.stable);
   return measured;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,6 +21,8 @@ class Json {
   Json(int64_t value);
   Json(std::string value) : kind_(Kind::string), text_(std::move(value)) {}
   Json(const char* value) : Json(std::string(value)) {}
+  template <typename T>
+  Json(const std::optional<T>& value) : Json(value ? Json(*value) : Json()) {}  // null where there is none
   static Json array(std::vector<Json> items = {});
   static Json object(Members members = {});
   static Json strings(const std::vector<std::string>& items);

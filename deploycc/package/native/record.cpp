@@ -33,7 +33,7 @@ Json environment(const Run& run) {
                        {"arch", cpu_arch()},
                        {"isa", Json::strings(extensions)},
                        {"cores", static_cast<int64_t>(available_cores())},
-                       {"cpu_limit", limit ? Json(*limit) : Json()},
+                       {"cpu_limit", limit},
                        {"governor", chosen.empty() ? Json() : Json(chosen)},
                        {"virtual", flags.empty() ? Json() : Json(flags.count("hypervisor") == 1)},
                        {"system", std::string(system.sysname) + " " + system.release},
@@ -68,7 +68,7 @@ Json measurement(const Run& run) {
                        {"warmups", static_cast<int64_t>(run.samples.warmups)},
                        {"open_ms", run.open_ms},
                        {"first_ms", run.first_ms},
-                       {"rss_growth_mb", run.rss_growth_mb ? Json(*run.rss_growth_mb) : Json()},
+                       {"rss_growth_mb", run.rss_growth_mb},
                        {"inputs", inputs}});
 }
 

@@ -83,8 +83,6 @@ void ranking(const Arguments& given) {
   std::printf("%s\n", found.dump().c_str());
 }
 
-Json maybe(const std::optional<double>& value) { return value ? Json(*value) : Json(); }
-
 // statistics SAMPLES.npz: ns and per_round
 void statistics(const Arguments& given) {
   const Arrays arrays = read_npz(given[0]);
@@ -94,7 +92,7 @@ void statistics(const Arguments& given) {
   samples.per_round = static_cast<size_t>(arrays.at("per_round").value(0));
   const Summary s = summarize(samples);
   const Json found = Json::object({{"runs", static_cast<int64_t>(s.runs)}, {"p50", s.p50}, {"low", s.low}, {"high", s.high},
-                                   {"p90", maybe(s.p90)}, {"p95", maybe(s.p95)}, {"p99", maybe(s.p99)}, {"p999", maybe(s.p999)}, {"mean", s.mean}, {"std", s.deviation},
+                                   {"p90", s.p90}, {"p95", s.p95}, {"p99", s.p99}, {"p999", s.p999}, {"mean", s.mean}, {"std", s.deviation},
                                    {"fastest", s.fastest}, {"slowest", s.slowest}, {"warnings", Json::strings(instability(samples, s))}});
   std::printf("%s\n", found.dump().c_str());
 }
