@@ -87,7 +87,7 @@ def run(job):
     import openvino
 
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from deploycc.runtime.measure import time_interleaved
+    from deploycc.runtime.measure import Stop, time_interleaved
     from deploycc.runtime.statistics import ratio_of_medians, summarize
 
     calls = read_calls(job["calls"])
@@ -109,8 +109,7 @@ def run(job):
             "openvino": lambda index: answer(probes[index % len(probes)]),
             "baseline": lambda index: baseline.run(None, probes[index % len(probes)]),
         },
-        min_seconds=MIN_SECONDS,
-        min_runs=MIN_RUNS,
+        Stop(MIN_SECONDS, MIN_RUNS),
     )
     ratio = ratio_of_medians(samples["openvino"], samples["baseline"])
     found = {"p50_ms": summarize(samples["openvino"]).p50, "ratio": (ratio.value, ratio.low, ratio.high)}

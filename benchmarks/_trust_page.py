@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from _shared import DASH, table
 from _trust_runs import different
-from _trust_simulation import UNCOVERED
+from _trust_simulation import OPENINGS, ROUNDS, UNCOVERED
+
+from deploycc.runtime.measure import SESSIONS
 
 NOMINAL, TOLERANCE = 0.95, 0.02
 FALSE_LIMIT, FOUND_LIMIT = 0.05, 0.9
@@ -39,8 +41,11 @@ def bars(document: Document) -> list[Bar]:
             found.append((what, _of(share, rows), share >= FOUND_LIMIT))
     if rows := document.get("coverage"):
         told = [row for row in rows if row["machine"] not in UNCOVERED]
+        alike = [row for row in rows if row["machine"] != OPENINGS]
         found.append(("95 % intervals of ratios hold the truth in 93 to 97 %", *_covered(rows, "ratio")))
         found.append(("those of medians too, but where a run holds few waves", *_covered(told, "median")))
+        found.append(("of one session, ratios: where openings are alike", *_covered(alike, "ratio_once")))
+        found.append(("of one session, medians: likewise", *_covered([row for row in told if row in alike], "median_once")))
     if row := document.get("overhead"):
         found.append((f"a timed call costs < {OVERHEAD_US:g} µs over a bare one", f"{row['us']:.2f} µs", row["us"] < OVERHEAD_US))
     if row := document.get("memory"):
@@ -125,18 +130,24 @@ def _comparisons(document: Document) -> list[str]:
             ])  # fmt: skip
     if not rows:
         return []
-    header = ["runs of two sessions", "runs", "ratio", "half width", "intervals without 1", "called different"]
+    header = [f"two candidates, {SESSIONS} openings each", "runs", "ratio", "half width", "intervals without 1", "called different"]
     return ["", "A verdict is given at 95 % for differences above 1 %, so it is rarer than an interval without 1.", "", table(header, rows)]
 
 
 def _coverage(rows: Sequence[Document]) -> list[str]:
-    header = ["simulated machine", "ratio", "a bootstrap over rounds", "median", "p90", "doubted", "runs"]
+    header = ["simulated machine", "ratio", "a bootstrap over rounds", "median", "p90", "ratio, once", "median, once", "doubted", "runs"]
     body = [
-        [row["machine"], *(f"{row[key]:.1%}" for key in ("ratio", "bootstrap", "median", "p90")), f"{row['flagged']:.0%}", str(row["runs"])]
+        [
+            row["machine"],
+            *(f"{row[key]:.1%}" for key in ("ratio", "bootstrap", "median", "p90", "ratio_once", "median_once")),
+            f"{row['flagged']:.0%}",
+            str(row["runs"]),
+        ]
         for row in rows
     ]
     notes = [f"{machine}: {why}." for machine, why in UNCOVERED.items()]
-    return ["", "How often 95 % intervals held the truth, 150 rounds of 3 calls:", "", table(header, body), "", *notes]
+    about = f"How often 95 % intervals held the truth, {ROUNDS} rounds of 3 calls in {SESSIONS} openings; once: taken for one opening's."
+    return ["", about, "", table(header, body), "", *notes]
 
 
 def _loadgen(rows: Sequence[Document]) -> str:

@@ -1,24 +1,27 @@
 """Machines that are simulated, so that the truth is known: how often the stated intervals hold it.
 
 Each gives the times of two candidates, (rounds, calls) each, whose medians stand in the ratio RATIO: noise of the machine that lasts over
-rounds is common to both, noise of a call is its own. Beside our intervals stands the usual one, a percentile bootstrap over rounds.
+rounds is common to both, noise of a call is its own. Both are opened SESSIONS times in a run, as the harness does, and the run is looked at
+with and without knowing that. Beside our intervals stands the usual one, a percentile bootstrap over rounds.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from deploycc.runtime.doubts import instability
+from deploycc.runtime.measure import SESSIONS
 from deploycc.runtime.statistics import Samples, quantile_interval, ratio_of_medians, summarize
 
 RATIO = 1.05
 MILLISECOND = 1e6
 RESAMPLES = 300
 SETTLING = 200  # rounds before the first
+ROUNDS = 150
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -30,6 +33,8 @@ class Coverage:
         ratio: of the medians, ours.
         median: of the first candidate, ours.
         p90: of the first candidate, ours.
+        ratio_once: as `ratio`, where all rounds are taken for those of one session.
+        median_once: as `median`, likewise.
         bootstrap: of the ratio, by a bootstrap over rounds.
         flagged: share of runs in which the times themselves were doubted.
         runs: simulated runs.
@@ -38,6 +43,8 @@ class Coverage:
     ratio: float
     median: float
     p90: float
+    ratio_once: float
+    median_once: float
     bootstrap: float
     flagged: float
     runs: int
@@ -75,6 +82,15 @@ def _apart(rng: np.random.Generator, rounds: int, calls: int) -> Pair:
     return first, second
 
 
+def _openings(rng: np.random.Generator, rounds: int, calls: int) -> Pair:
+    """Each opening of a candidate has a speed of its own: what was measured here of copies of one model."""
+    each = ROUNDS // SESSIONS
+    levels = (np.repeat(1 + 0.006 * rng.standard_normal(-(-rounds // each)), each)[:rounds, None] for _ in range(2))
+    first, second = (level * (1 + 0.01 * rng.standard_normal((rounds, calls))) for level in levels)
+    return first, second
+
+
+OPENINGS = "each opening has its own speed (0.6 %)"
 MACHINES: Mapping[str, Callable[[np.random.Generator, int, int], Pair]] = {
     "steady": _calls(lambda rng, shape: 1 + 0.02 * rng.standard_normal(shape)),
     "skewed (log-normal, 10 %)": _calls(lambda rng, shape: np.exp(0.1 * rng.standard_normal(shape))),
@@ -86,6 +102,7 @@ MACHINES: Mapping[str, Callable[[np.random.Generator, int, int], Pair]] = {
     "wanders slowly (0.9)": _common(lambda rng, rounds: 1 + 0.03 * wander(rng, rounds, 0.9)),
     "bursts (30 % slower, many rounds long)": _common(lambda rng, rounds: np.where(wander(rng, rounds, 0.9) > 1, 1.3, 1.0)),
     "each candidate wanders by itself (0.5)": _apart,
+    OPENINGS: _openings,
 }
 UNCOVERED = {  # medians of these, in a run as short, are told to be doubtful instead
     "wanders slowly (0.9)": "the run holds a few waves only",
@@ -93,26 +110,32 @@ UNCOVERED = {  # medians of these, in a run as short, are told to be doubtful in
 }
 
 
-def coverage(machine: str, *, runs: int, bootstraps: int, rounds: int = 150, calls: int = 3, seed: int = 0) -> Coverage:
+def coverage(machine: str, *, runs: int, bootstraps: int, rounds: int = ROUNDS, calls: int = 3, seed: int = 0) -> Coverage:
     """Simulate `runs` runs; the bootstrap, which is slow, only for the first `bootstraps`."""
     rng, pair = np.random.default_rng(seed), MACHINES[machine]
     long = MILLISECOND * pair(rng, 200_000, 3)[0]
     median, p90 = np.quantile(long, [0.5, 0.9])
-    held = np.zeros(5)
+    held = np.zeros(7)
+    openings = tuple(round(rounds * part / SESSIONS) for part in range(SESSIONS))
     for index in range(runs):
         first, second = pair(rng, rounds, calls)
-        slow = Samples((MILLISECOND * RATIO * second).astype(np.int64).ravel(), calls, 0)
-        fast = Samples((MILLISECOND * first).astype(np.int64).ravel(), calls, 0)
+        slow = Samples((MILLISECOND * RATIO * second).astype(np.int64).ravel(), calls, 0, openings=openings)
+        fast = Samples((MILLISECOND * first).astype(np.int64).ravel(), calls, 0, openings=openings)
         found = ratio_of_medians(slow, fast)
         held[0] += found.low <= RATIO <= found.high
         for place, share, truth in ((1, 0.5, median), (2, 0.9, p90)):
             low, high = quantile_interval(fast, share)
             held[place] += low <= truth <= high
-        held[3] += bool(instability(fast, summarize(fast)))
+        once, beside = (replace(item, openings=(0,)) for item in (fast, slow))
+        unaware = ratio_of_medians(beside, once)
+        held[3] += unaware.low <= RATIO <= unaware.high
+        low, high = quantile_interval(once)
+        held[4] += low <= median <= high
+        held[5] += bool(instability(fast, summarize(fast)))
         if index < bootstraps:
             low, high = bootstrapped(slow, fast, rng)
-            held[4] += low <= RATIO <= high
-    return Coverage(*(held[:3] / runs), held[4] / max(1, bootstraps), held[3] / runs, runs)
+            held[6] += low <= RATIO <= high
+    return Coverage(*(held[:5] / runs), held[6] / max(1, bootstraps), held[5] / runs, runs)
 
 
 def bootstrapped(above: Samples, below: Samples, rng: np.random.Generator) -> tuple[float, float]:

@@ -3,10 +3,11 @@
     uv run --extra executorch python benchmarks/arm.py FOLDER [--only lite0 …] [--targets arm64-xnnpack …] [--cores …] [--float]
                                                        [--assets ASSETS]
 
-Each network is compiled for each target with an open gate, and `deploycc verify --emulate` runs the bundle under qemu: EfficientNet-Lite0
-with the 20 ImageNet photos of foolbox, the others with their golden samples. --float makes float bundles of the same networks for the
-table's other half; they are slow under emulation (minutes per call of ResNet-18). MiniLM is made from ASSETS (_quantizers_files.py says of
-what). Rows that are there already stay, so that the script can be run piece by piece.
+Each network is compiled for each target with an open gate, and `deploycc verify --emulate` runs the bundle under qemu: networks of pictures
+with the 20 ImageNet photos of foolbox in int8, the others with their golden samples. --float makes float bundles of the same networks for
+the table's other half; they are slow under emulation (minutes per call of ResNet-18). Networks without real weights have random ones and
+the batch normalization of photos (_awake.py). MiniLM is made from ASSETS (_quantizers_files.py says of what). Rows that are there already
+stay, so that the script can be run piece by piece.
 
 The bar: every selftest passes on every core, and integer answers are those of this machine, or one step of the output's scale away (where
 the last layers are float there are no steps, and nothing but equal answers meets it). Exit status 1 when it is not met, 2 where nothing can
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import _quantizers_files
+from _awake import awake
 from _quantizers_cases import ARRAYS, Given, open_target, options_of
 from _shared import DASH, about, real_photos, results_folder, say, table, write
 
@@ -48,6 +50,7 @@ MODELS = (
 PASSES = {
     ("minilm", "arm64-onnxruntime"): "export-onnx, quantize-dynamic{outliers=8}",
     ("minilm", "arm64-xnnpack"): "export-program, quantize-pt2e-dynamic",
+    ("minilm", "arm64-qnnpack"): "quantize-torch-dynamic",
 }
 FOOLBOX = "imagenet_"  # how the names of its photos begin among the demo's
 PHOTOS = 20
@@ -64,10 +67,13 @@ def build(given: Given, target: str, precision: str, photos: Photos, folder: Pat
     chosen = open_target(target)
     passes = PASSES.get((given.name, target))
     if precision == "float":
-        whole = Pipeline.parse(passes or chosen.pipeline)
+        own = Pipeline.parse(passes).lossless() if passes else None
+        whole = Pipeline.parse(chosen.pipeline)
         plain = [step.body.name for step in whole.lossless().steps]
         lossy = [step.body.name for step in whole.steps if step.body.name not in plain]
-        passes = str(whole.lossless()) if passes else ", ".join(f"-{name}" for name in lossy)
+        passes = str(own) if own and own.steps else ", ".join(f"-{name}" for name in lossy)
+    if not given.real:
+        given = awake(given, photos, folder / given.name)
     say(f"{given.name}: compiling for {target}, {precision}")
     driver.compile(given.text, replace(options_of(given, photos, chosen, out), passes=passes, resume=True))
     return out
@@ -80,7 +86,7 @@ def row_of(given: Given, target: str, precision: str, cores: Sequence[str], phot
     try:
         bundle = build(given, target, precision, photos, folder)
         say(f"{given.name}: {target}, {precision} on {', '.join(cores)}")
-        pictures = str(photos.data) if given.name == "lite0" and precision == "int8" else None
+        pictures = str(photos.data) if given.kind != ARRAYS and precision == "int8" else None
         found = emulate(bundle, ",".join(cores), data=pictures, samples=PHOTOS, calls=2 if precision == "int8" else 1)
     except DeployError as error:
         return row | {"problem": " ".join(error.what.split())[:LAST_WORDS]}
@@ -123,9 +129,9 @@ def markdown(document: dict[str, Any], machine: str) -> str:
     cores = [core for core in CORES if any(item["core"] == core for row in rows for item in row["cores"])]
     emulators = ", ".join(sorted({row["emulator"] for row in rows if "emulator" in row}))
     about_it = (
-        f"{emulators}, user emulation. Networks but lite0 and minilm have random weights. **Instructions are an estimated relative cost "
-        "under emulation (`measured: false`): no latency was measured on any ARM device.** They understate what int8 gains on cores "
-        "without dot product (Cortex-A53, A72), where float waits for memory."
+        f"{emulators}, user emulation. Networks but lite0 and minilm have random weights and the batch normalization of photos. "
+        "**Instructions are an estimated relative cost under emulation (`measured: false`): no latency was measured on any ARM device.** "
+        "They understate what int8 gains on cores without dot product (Cortex-A53, A72), where float waits for memory."
     )
     lines = [f"# {(__doc__ or '').splitlines()[0]}", "", "Written by `python benchmarks/arm.py`.", "", about_it, ""]
     lines += ["## Million instructions per call: int8 / float = times fewer", "", _costs(rows, cores), ""]

@@ -5,69 +5,38 @@ The same code times on the device, so figures from a host and from a bundle's ru
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from deploycc.bench import energy, loadgen, server
 from deploycc.bench.environment import capture
-from deploycc.bench.fresh import Fresh, cold_starts
+from deploycc.bench.fresh import cold_starts
 from deploycc.bench.measurement import ColdStart, Energy, Measurement
-from deploycc.bench.queries import Crew, batch_of, batched, call_of
+from deploycc.bench.opening import Candidate, Cold, Entry, Opening
+from deploycc.bench.queries import batch_of, call_of
 from deploycc.bench.result import OURS, WALL, BenchResult
 from deploycc.bench.scenario import Scenario
-from deploycc.bench.stages import Pictures, time_stages
-from deploycc.core.artifact import Feeds
-from deploycc.core.contract import Progress, Session, silent
+from deploycc.bench.stages import time_stages
+from deploycc.core.contract import Progress, silent
 from deploycc.core.target import Bench
 from deploycc.errors import BenchError
-from deploycc.runtime import host
 from deploycc.runtime.kernel import Watch
-from deploycc.runtime.measure import Block, Stop, Timer, Warm, interleave, per_round_of, time_interleaved, wall, warm_up
+from deploycc.runtime.measure import (
+    WARMUP_RUNS,
+    WARMUP_SECONDS,
+    Block,
+    Call,
+    Stop,
+    Timer,
+    Warm,
+    interleave,
+    per_round_of,
+    time_interleaved,
+    wall,
+    warm_up,
+)
 from deploycc.runtime.statistics import Samples
-
-WARMUP_SECONDS, WARMUP_RUNS = 0.15, 3  # of one window
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """Something to measure.
-
-    Attributes:
-        name: unlike the others'.
-        open: opens it (with the settings' threads); several times for several streams.
-        feeds: real ones, that it takes turns over.
-        fresh: how a process of its own opens it; None where it cannot.
-        pictures: what comes before and after it, where the stages are wanted.
-    """
-
-    name: str
-    open: Callable[[], Session]
-    feeds: Sequence[Feeds]
-    fresh: Fresh | None = None
-    pictures: Pictures | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Cold:
-    """A candidate's first seconds in this process."""
-
-    open_ms: float
-    first_ms: float
-    rss_growth_mb: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One line of the result: a candidate at a batch size."""
-
-    name: str
-    candidate: Candidate
-    sessions: tuple[Session, ...]
-    feeds: Sequence[Feeds]
-    crew: Crew | None
 
 
 def measure(
@@ -87,7 +56,8 @@ def measure(
 
     Args:
         candidates: with unlike names; each opens its session with `settings.threads`.
-        settings: threads, and when to stop.
+        settings: threads, sessions, and when to stop. In scenario server, and where LoadGen issues the queries, every candidate is
+            opened once, which the result's settings say.
         baseline: name of the candidate that the others are compared with.
         scenario: how queries come; one after the other where nothing is said.
         seed: of every random order.
@@ -109,45 +79,36 @@ def measure(
     wanted = {item.name: (item.fresh, item.feeds[0]) for item in candidates if item.fresh}
     starts = cold_starts(wanted, fresh_starts, seed=seed, progress=progress) if fresh_starts else {}
     meter = energy.find(gpu=clock != WALL)
-    stop = Stop(settings.min_seconds, settings.min_runs, settings.max_width, settings.max_seconds)
-    with ExitStack() as stack:
-        colds: dict[str, _Cold] = {}
-        entries = [entry for item in candidates for entry in _entries(item, scenario, by_loadgen, colds, stack)]
+    queued = scenario.kind == "server" or by_loadgen
+    if queued:
+        settings = settings.model_copy(update={"sessions": 1})
+    stop = Stop(settings.min_seconds, settings.min_runs, settings.max_width, settings.max_seconds, settings.sessions)
+    with Opening(candidates, scenario, queued=queued, seed=seed) as opening:
         watch = Watch()
 
         def watched(what: str, done: int, total: int | None, note: str = "") -> None:
             watch.look()
             progress(what, done, total, note)
 
-        if scenario.kind == "server" or by_loadgen:
-            samples, arrivals = _queried(entries, scenario, stop, seed, watched, by_loadgen=by_loadgen, meter=meter)
+        def again() -> dict[str, Call]:
+            opening.again()
+            return opening.calls(wait=timer is wall)
+
+        if queued:
+            samples, arrivals = _queried(opening.entries, scenario, stop, seed, watched, by_loadgen=by_loadgen, meter=meter)
         else:
             arrivals: Mapping[str, server.Arrivals] = {}
-            samples = time_interleaved(
-                {
-                    entry.name: entry.crew.query if entry.crew else call_of(entry.sessions[0], entry.feeds, wait=timer is wall)
-                    for entry in entries
-                },
-                min_seconds=stop.min_seconds,
-                min_runs=stop.min_runs,
-                max_width=stop.max_width,
-                max_seconds=stop.max_seconds,
-                warmup_seconds=2 * WARMUP_SECONDS,
-                warmup_runs=WARMUP_RUNS,
-                seed=seed,
-                progress=watched,
-                timer=timer,
-                meter=meter,
-            )
+            calls = opening.calls(wait=timer is wall)
+            samples = time_interleaved(calls, stop, again=again, seed=seed, progress=watched, timer=timer, meter=meter)
         observed = watch.seen()
-        shown = {item.name: (item.sessions[0], item.candidate.pictures) for item in entries if item.candidate.pictures}
-        stages = time_stages(shown, replace(stop, max_width=None), seed=seed) if shown else {}
+        shown = {item.name: (item.sessions[0], item.candidate.pictures) for item in opening.entries if item.candidate.pictures}
+        stages = time_stages(shown, replace(stop, max_width=None, sessions=1), seed=seed) if shown else {}
     return BenchResult(
         measurements=tuple(
-            _measurement(entry, samples[entry.name], colds, starts, scenario, meter, arrivals).model_copy(
+            _measurement(entry, samples[entry.name], opening.colds, starts, scenario, meter, arrivals).model_copy(
                 update={"stages": stages.get(entry.name, {})}
             )
-            for entry in entries
+            for entry in opening.entries
         ),
         baseline=baseline,
         environment=environment,
@@ -176,23 +137,8 @@ def _check(candidates: Sequence[Candidate], baseline: str | None, scenario: Scen
         raise BenchError("a device's own clock times one call after the other", fix="use scenario single-stream or offline with one stream")
 
 
-def _entries(candidate: Candidate, scenario: Scenario, by_loadgen: bool, colds: dict[str, _Cold], stack: ExitStack) -> list[_Entry]:
-    """Open a candidate's sessions, and make its feeds of every batch size."""
-    first, colds[candidate.name] = _open(candidate, stack)
-    sessions = (first, *(stack.enter_context(candidate.open()) for _ in range(scenario.streams - 1)))
-    found: list[_Entry] = []
-    for batch in scenario.batches or (None,):
-        feeds = candidate.feeds if batch is None else batched(candidate.feeds, first.signature, batch, candidate.name)
-        crew = None
-        if scenario.streams > 1 or scenario.kind == "server" or by_loadgen:
-            crew = stack.enter_context(Crew([call_of(session, feeds) for session in sessions]))
-        name = candidate.name if len(scenario.batches) < 2 else f"{candidate.name} @ {batch}"
-        found.append(_Entry(name, candidate, sessions, feeds, crew))
-    return found
-
-
 def _queried(
-    entries: Sequence[_Entry],
+    entries: Sequence[Entry],
     scenario: Scenario,
     stop: Stop,
     seed: int,
@@ -206,7 +152,7 @@ def _queried(
     warm: dict[str, Warm] = {}
     arrivals: dict[str, server.Arrivals] = {}
     for entry in entries:
-        assert entry.crew is not None  # _entries has made it
+        assert entry.crew is not None  # Opening has made it
         warm[entry.name] = warm_up(call_of(entry.sessions[0], entry.feeds), WARMUP_SECONDS, WARMUP_RUNS)
         if scenario.kind == "server":
             server.check_capacity(entry.name, scenario, warm[entry.name])
@@ -225,9 +171,9 @@ def _queried(
 
 
 def _measurement(
-    entry: _Entry,
+    entry: Entry,
     samples: Samples,
-    colds: Mapping[str, _Cold],
+    colds: Mapping[str, Cold],
     starts: Mapping[str, tuple[ColdStart, ...]],
     scenario: Scenario,
     meter: energy.Meter | None,
@@ -242,6 +188,7 @@ def _measurement(
         samples_ns=tuple(samples.ns.tolist()),
         per_round=samples.per_round,
         warmups=samples.warmups,
+        openings=samples.openings,
         open_ms=cold.open_ms,
         first_ms=cold.first_ms,
         rss_growth_mb=cold.rss_growth_mb,
@@ -254,22 +201,3 @@ def _measurement(
         energy=used,
         served=server.served(scenario, queue, samples.ns) if queue else None,
     )
-
-
-def _open(candidate: Candidate, stack: ExitStack) -> tuple[Session, _Cold]:
-    """Open and answer once; what that took."""
-    before = host.rss_bytes() if host.reset_peak() else None
-    begin = time.perf_counter_ns()
-    session = stack.enter_context(candidate.open())
-    opened = time.perf_counter_ns()
-    session.run(candidate.feeds[0])
-    session.synchronize()
-    answered = time.perf_counter_ns()
-    return session, _Cold((opened - begin) / 1e6, (answered - opened) / 1e6, growth_mb(before, host.peak_rss_bytes()))
-
-
-def growth_mb(before: int | None, peak: int | None) -> float | None:
-    """Growth in 10^6 bytes; None when unknown, or when memory freed earlier was enough, so that nothing can be told."""
-    if before is None or peak is None or peak <= before:
-        return None
-    return (peak - before) / 1e6

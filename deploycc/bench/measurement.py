@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+import itertools
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deploycc.bench.roofline import Roof
 from deploycc.runtime.doubts import instability
@@ -102,6 +103,7 @@ class Measurement(Record):
         stages: ns of each stage of the same queries; empty where pictures were not given.
         served: in scenario server.
         roof: what it reaches of the machine's peaks; None where that is not known.
+        openings: first round of every session.
     """
 
     name: str
@@ -121,11 +123,19 @@ class Measurement(Record):
     stages: dict[Stage, tuple[int, ...]] = {}
     served: Served | None = None
     roof: Roof | None = None
+    openings: tuple[int, ...] = Field(default=(0,), min_length=1)
+
+    @model_validator(mode="after")
+    def _sessions_have_rounds(self) -> Self:
+        rounds = len(self.samples_ns) // self.per_round
+        if self.openings[0] != 0 or any(a >= b for a, b in itertools.pairwise((*self.openings, rounds))):
+            raise ValueError(f"openings: sessions begin at rounds {self.openings} of {rounds}: at 0, and later each time")
+        return self
 
     @functools.cached_property
     def samples(self) -> Samples:
         """As arrays."""
-        return Samples(np.asarray(self.samples_ns, np.int64), self.per_round, self.warmups, self.stable)
+        return Samples(np.asarray(self.samples_ns, np.int64), self.per_round, self.warmups, self.stable, openings=self.openings)
 
     @functools.cached_property
     def summary(self) -> Summary:

@@ -22,14 +22,14 @@ from deploycc.core.registry import FORMS
 from deploycc.core.target import Bench
 from deploycc.core.timing import NodeTime, Profiles
 from deploycc.forms.module import example_feeds
-from deploycc.runtime.measure import time_interleaved
+from deploycc.runtime.measure import Stop, time_interleaved
 from deploycc.runtime.statistics import summarize
 
 JUDGED = 2000  # validation samples that a pass's accuracy is taken on; the artifact is judged on all
-TIMER = Bench(min_seconds=0.4, min_runs=30)
+TIMER = Bench(min_seconds=0.4, min_runs=30, sessions=1)
 TIMER_CALIBRATION = 8  # samples: ranges do not change a latency
 SECONDS = 0.25
-WARMUP_SECONDS = 0.05
+WARMUP_SECONDS = 0.025  # of one window
 RUNS = 10
 PROFILE_ROUNDS, PROFILE_RUNS, PROFILED = 3, 20, 2  # turns, calls in each, inputs
 
@@ -60,7 +60,7 @@ class Latency:
                 def call(index: int) -> object:
                     return session.run(feeds[0])
 
-                found = time_interleaved({"": call}, min_seconds=SECONDS, min_runs=RUNS, warmup_seconds=WARMUP_SECONDS)
+                found = time_interleaved({"": call}, Stop(SECONDS, RUNS), warmup_seconds=WARMUP_SECONDS)
         summary = summarize(found[""])
         self._timed[receipt.digest] = (summary.p50, summary.low, summary.high)
         return replace(receipt, latency_ms=self._timed[receipt.digest])

@@ -22,7 +22,7 @@ from deploycc.runtime.statistics import Ratio, holm, ratio_of_medians
 
 WALL = "wall"
 OURS = "deploycc"
-VERSION = 2
+VERSION = 3
 Metric = Literal["top1", "top5", "f1", "mse", "agreement", "cosine", "sqnr"]
 
 
@@ -68,7 +68,7 @@ class BenchResult(Record):
     """All candidates of one interleaved run.
 
     Attributes:
-        schema_version: 2; files of version 1 are read as well, where what they lack is not known.
+        schema_version: 3; files of versions 1 and 2 are read as well. Those opened every candidate once; what else they lack is not known.
         measurements: the candidates in the order they were given.
         baseline: the candidate that the others are compared with.
         environment: the machine: what the result is of.
@@ -81,7 +81,7 @@ class BenchResult(Record):
         created: when.
     """
 
-    schema_version: Literal[2] = VERSION
+    schema_version: Literal[3] = VERSION
     measurements: tuple[Measurement, ...] = Field(min_length=1)
     baseline: str | None
     environment: Environment
@@ -95,11 +95,11 @@ class BenchResult(Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_version_1(cls, value: Any) -> Any:
-        """Version 1 knew one scenario and did not watch the kernel: what is new has its default."""
+    def _of_older_versions(cls, value: Any) -> Any:
+        """Version 1 knew one scenario and did not watch the kernel, 1 and 2 opened each candidate once: what is new has its default."""
         document = cast(dict[str, Any], value) if isinstance(value, dict) else {}
-        if document.get("schema_version") == 1:
-            return {**document, "schema_version": VERSION}
+        if document.get("schema_version") in (1, 2) and isinstance(document.get("settings"), dict):
+            return {**document, "schema_version": VERSION, "settings": {"sessions": 1, **document["settings"]}}
         return cast(Any, value)
 
     def get(self, name: str) -> Measurement:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,6 +55,9 @@ def bench(
     ] = None,
     min_runs: Annotated[
         int | None, typer.Option(min=5, help="Least timed calls per candidate (default: 30; on a device: the target's).")
+    ] = None,
+    sessions: Annotated[
+        int | None, typer.Option(min=1, help="Times every candidate is opened, as two sessions of one model differ (default: 5).")
     ] = None,
     max_width: Annotated[str | None, typer.Option(help="Go on until half of every 95 % interval is under this share: 1%.")] = None,
     max_seconds: Annotated[float | None, typer.Option(min=0.1, help="Stop timing after this (with --max-width: default 120).")] = None,
@@ -113,11 +116,15 @@ def bench(
             threads=threads,
             seconds=min_seconds,
             runs=min_runs,
+            sessions=sessions,
         )
     if against is None and (across_machines or max_slowdown != MAX_SLOWDOWN):
         option = "--across-machines" if across_machines else "--max-slowdown"
         raise UsageError(f"{option} is about --against, and there is none", fix="add --against BASELINE.json, or leave it out")
     allowed, baseline = parse_share("--max-slowdown", max_slowdown), load(against) if against else None
+    if sessions is not None and (loadgen or scenario == "server"):
+        with_what = "--loadgen" if loadgen else "--scenario server"
+        raise UsageError(f"--sessions does not go with {with_what}, which asks one opening of each", fix="leave one of them out")
     if allocator is not None:
         process.ensure_allocator(allocator)
     if affinity is not None:
@@ -128,7 +135,7 @@ def bench(
         inputs=parse_shapes(inputs or []),
         weights=weights,
         random_weights=random_weights,
-        settings=_settings(threads or 1, min_seconds or 2.0, min_runs or 30, max_width, max_seconds),
+        settings=_settings(max_width, max_seconds, threads=threads, min_seconds=min_seconds, min_runs=min_runs, sessions=sessions),
         scenario=_scenario(scenario, streams, batch, qps, latency_bound, percentile),
         by_loadgen=loadgen,
         fresh_starts=cold,
@@ -149,14 +156,14 @@ def bench(
         raise typer.Exit(3)
 
 
-def _settings(threads: int, min_seconds: float, min_runs: int, max_width: str | None, max_seconds: float | None) -> Bench:
+def _settings(max_width: str | None, max_seconds: float | None, **given: Any) -> Bench:
     """When to stop; a width that may never be reached is bounded."""
     from deploycc.bench.scenario import parse_share
     from deploycc.core.target import Bench
 
     width = None if max_width is None else parse_share("--max-width", max_width)
     seconds = 120.0 if width is not None and max_seconds is None else max_seconds
-    return Bench(threads=threads, min_seconds=min_seconds, min_runs=min_runs, max_width=width, max_seconds=seconds)
+    return Bench(max_width=width, max_seconds=seconds, **{name: value for name, value in given.items() if value is not None})
 
 
 def _scenario(

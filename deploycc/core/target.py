@@ -18,6 +18,7 @@ from deploycc.core.registry import BACKENDS, PASSES, suggest
 from deploycc.core.spec import parse_specs
 from deploycc.errors import DeployError, TargetError, UnknownName
 from deploycc.runtime.host import version_numbers
+from deploycc.runtime.measure import SESSIONS
 
 # x86 extensions whose u8×s8 dot product accumulates in int32. Without one, VPMADDUBSW adds pairs in int16 and saturates:
 # 2 · 255 · 127 = 64770 > 32767. Seven-bit weights are safe: 2 · 255 · 63 = 32130.
@@ -135,6 +136,7 @@ class Bench(_Table):
         default=None, gt=0, description="go on until every 95 % interval is so narrow: half of it over its value"
     )
     max_seconds: float | None = Field(default=None, gt=0, description="of timing altogether: then it stops with what it has")
+    sessions: int = Field(default=SESSIONS, ge=1, le=100, description="times every candidate is opened: two sessions of one model differ")
 
 
 class Target(_Table):

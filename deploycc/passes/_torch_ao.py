@@ -285,6 +285,29 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     return model
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Linear layers that are called as such, by name: not those whose weights an attention module reads."""
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Linear}
+
+
+def dynamic_linear(layer: nn.Linear, scales: np.ndarray) -> nn.Module:
+    """The layer with integer weights of those scales (one, or one per output channel), its input quantized anew for every call.
+
+    Packs weights for the current engine.
+    """
+    weight = layer.weight.detach()
+    with quiet():
+        steps = torch.from_numpy(scales)
+        if len(scales) > 1:
+            packed = torch.quantize_per_channel(weight, steps.double(), torch.zeros(len(scales), dtype=torch.int64), 0, torch.qint8)
+        else:
+            packed = torch.quantize_per_tensor(weight, float(steps), 0, torch.qint8)
+        made = DynamicLinear(layer.in_features, layer.out_features, dtype=torch.qint8)
+        made.set_weight_bias(packed, None if layer.bias is None else layer.bias.detach())
+    made.version = WITHOUT_REDUCE_RANGE
+    return made.eval()
+
+
 def place(prepared: fx.GraphModule, name: str) -> str:
     """Where the layer called `name` is now: in the module it was fused into."""
     return f"{name}.0" if isinstance(prepared.get_submodule(name), nn.Sequential) else name

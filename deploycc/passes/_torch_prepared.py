@@ -73,7 +73,13 @@ class Prepared:
 
 
 def require(name: str, artifact: Artifact, context: Context) -> None:
-    """Raise PreconditionError or DataNeeded unless the pass called `name` can quantize `artifact` for the target's engine."""
+    """Raise PreconditionError or DataNeeded unless the pass called `name` can quantize `artifact` for the target's engine, with data."""
+    require_engine(name, artifact, context)
+    context.data.part("calibration")  # raises DataNeeded before anything slow
+
+
+def require_engine(name: str, artifact: Artifact, context: Context) -> None:
+    """Raise PreconditionError unless the pass called `name` can quantize `artifact` for the target's engine."""
     import torch
 
     target, quant = context.target, context.target.quant
@@ -96,7 +102,6 @@ def require(name: str, artifact: Artifact, context: Context) -> None:
         )
     if artifact.quant is not None:
         raise PreconditionError("the model is quantized already", fix=f"start from the float model, or leave {name} out")
-    context.data.part("calibration")  # raises DataNeeded before anything slow
 
 
 def prepare(

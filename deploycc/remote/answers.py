@@ -89,6 +89,7 @@ def bench_result(name: str, answer: Mapping[str, Any], probe: Probe, libraries: 
             samples_ns=tuple(taken["samples_ns"]),
             per_round=taken["per_round"],
             warmups=taken["warmups"],
+            openings=tuple(taken.get("openings", (0,))),  # a runner of an earlier version opens the model once
             stable=taken.get("stable"),
             open_ms=answer["open_ms"],
             first_ms=answer["first_ms"],
@@ -96,7 +97,8 @@ def bench_result(name: str, answer: Mapping[str, Any], probe: Probe, libraries: 
             inputs={key: (dtype, tuple(shape)) for key, (dtype, shape) in taken["inputs"].items()},
         )
         where = environment(probe, answer, libraries)
-        settings = Bench(threads=where.threads, min_seconds=taken["min_seconds"], min_runs=taken["min_runs"])
+        asked = {"min_seconds": taken["min_seconds"], "min_runs": taken["min_runs"], "sessions": taken.get("sessions", 1)}
+        settings = Bench(threads=where.threads, **asked)
         created = datetime.now(UTC).isoformat(timespec="seconds")
         return BenchResult(
             measurements=(measurement,),

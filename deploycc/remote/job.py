@@ -157,9 +157,10 @@ class Job:
         return selftest, bench_result(self.work.name, answer, probe, libraries)
 
     def _options(self) -> Iterator[str]:
-        for option, value in (("--threads", self.work.threads), ("--seconds", self.work.seconds), ("--runs", self.work.runs)):
+        for option in ("threads", "seconds", "runs", "sessions"):
+            value = getattr(self.work, option)
             if value is not None:
-                yield from (option, f"{value:g}")
+                yield from (f"--{option}", f"{value:g}")
 
     def _preflight(self, transport: Transport, folder: str, python: str) -> dict[str, str]:
         """Versions there. Raises MismatchError where the bundle cannot run."""

@@ -38,6 +38,7 @@ class Work:
         threads: of its session; None: what its target says, at most the device's cores.
         seconds: least seconds of timed calls.
         runs: least number of timed calls.
+        sessions: times the model is opened.
         keep: leave the folder on the device for the next run.
         timeout: most seconds of one step on the device.
         python: the interpreter there; a leading ~/ is the account's home.
@@ -49,6 +50,7 @@ class Work:
     threads: int | None = None
     seconds: float | None = None
     runs: int | None = None
+    sessions: int | None = None
     keep: bool = False
     timeout: float = 600.0
     python: str = "python3"
@@ -79,7 +81,7 @@ class Work:
 
     def key(self, devices: list[str]) -> str:
         """Of the same work on the same devices."""
-        settings = {"bench": self.bench, "threads": self.threads, "seconds": self.seconds, "runs": self.runs}
+        settings = {name: getattr(self, name) for name in ("bench", "threads", "seconds", "runs", "sessions")}
         return Store.key({"digest": self.bundle.manifest["measured"]["digest"], "name": self.name, "devices": sorted(devices), **settings})
 
 

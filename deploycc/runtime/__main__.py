@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from deploycc.runtime.host import check_host, peak_rss_bytes, reset_peak, rss_by
 from deploycc.runtime.inputs import interpret, read_input
 from deploycc.runtime.kernel import Watch
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_model
-from deploycc.runtime.measure import time_interleaved
+from deploycc.runtime.measure import SESSIONS, Call, Stop, time_interleaved
 from deploycc.runtime.seal import check_signature
 from deploycc.runtime.sessions import find
 from deploycc.runtime.signature import Outputs
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     timing = commands.add_parser("bench", parents=[common], help="measure latency, cold start and memory on this machine")
     timing.add_argument("--seconds", type=float, help="least seconds of timed calls (default: what the target says)")
     timing.add_argument("--runs", type=_count, help="least number of timed calls (default: what the target says)")
+    timing.add_argument("--sessions", type=_count, help="times the model is opened (default: what the target says)")
     timing.add_argument("--samples", action="store_true", help="with --json: every timed call in nanoseconds too")
     timing.add_argument("--input", type=Path, metavar="FILE", help="a picture or .npz to measure with, instead of the golden inputs")
     timing.add_argument("--save", type=Path, metavar="FILE", help="write raw samples and environment as `deploycc bench --save` does")
@@ -135,10 +137,12 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     wanted = bundle.manifest["target"].get("bench", {})
     seconds = options.seconds or wanted.get("min_seconds", 2.0)
     runs = options.runs or wanted.get("min_runs", 30)
+    sessions = options.sessions or wanted.get("sessions", SESSIONS)
     earlier = peak_rss_bytes()
     before = rss_bytes() if reset_peak() else None  # as the host's harness does, so that growth means the same
     begin = time.perf_counter_ns()
-    with open_session(bundle, threads) as session:
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(bundle, threads))
         opened = time.perf_counter_ns()
         session.run(feeds[0])
         session.synchronize()
@@ -149,13 +153,17 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             session.run(feeds[index % len(feeds)])
             session.synchronize()
 
+        def again() -> dict[str, Call]:
+            nonlocal session
+            stack.close()
+            session = stack.enter_context(open_session(bundle, threads))
+            return {"model": call}
+
         watch = Watch()
         samples = time_interleaved(
             {"model": call},
-            min_seconds=seconds,
-            min_runs=runs,
-            max_width=wanted.get("max_width"),
-            max_seconds=wanted.get("max_seconds"),
+            Stop(seconds, runs, wanted.get("max_width"), wanted.get("max_seconds"), sessions),
+            again=again,
             progress=lambda what, done, total: watch.look(),
         )["model"]
         observed = watch.seen()
@@ -182,6 +190,7 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             threads=threads,
             min_seconds=seconds,
             min_runs=runs,
+            sessions=sessions,
             open_ms=answer["open_ms"],
             first_ms=answer["first_ms"],
             rss_growth_mb=(cold_peak - before) / 1e6 if before and cold_peak and cold_peak > before else None,
@@ -189,7 +198,7 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if options.save:
             record.save(options.save, found)
         if options.samples:
-            extent = {"min_seconds": seconds, "min_runs": runs, "stable": samples.stable}
+            extent = {"min_seconds": seconds, "min_runs": runs, "sessions": sessions, "stable": samples.stable}
             answer["measurement"] = {**found["measurements"][0], **extent}
     memory = "not known" if peak is None else f"{peak / 1e6:.0f} MB, this whole process"
     high = [f"{name} {value:.3f}" for name, value in (("p90", summary.p90), ("p99", summary.p99), ("p99.9", summary.p999)) if value]

@@ -1,4 +1,4 @@
-"""A device's measurement as the file that `deploycc bench --save` writes (schema version 1), so that `deploycc compare` reads it.
+"""A device's measurement as the file that `deploycc bench --save` writes (schema version 3), so that `deploycc compare` reads it.
 
 Raw samples, and the facts of the machine that decide whether two results can be compared. Standard library only.
 """
@@ -21,7 +21,7 @@ from deploycc.runtime import cuda
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
 from deploycc.runtime.statistics import Samples
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 3
 # The extensions that decide which kernels a runtime picks, and the libraries that run models.
 ISA = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
@@ -62,6 +62,7 @@ def document(
     threads: int,
     min_seconds: float,
     min_runs: int,
+    sessions: int,
     open_ms: float,
     first_ms: float,
     rss_growth_mb: float | None,
@@ -72,6 +73,7 @@ def document(
         "samples_ns": samples.ns.tolist(),
         "per_round": samples.per_round,
         "warmups": samples.warmups,
+        "openings": list(samples.openings),
         "open_ms": open_ms,
         "first_ms": first_ms,
         "rss_growth_mb": rss_growth_mb,
@@ -82,7 +84,7 @@ def document(
         "measurements": [measurement],
         "baseline": None,
         "environment": environment(threads),
-        "settings": {"threads": threads, "min_seconds": min_seconds, "min_runs": min_runs},
+        "settings": {"threads": threads, "min_seconds": min_seconds, "min_runs": min_runs, "sessions": sessions},
         "clock": "wall",
         "seed": 0,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

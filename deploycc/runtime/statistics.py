@@ -10,6 +10,9 @@ transforms (equal-weighted cosine estimator; Lazarus, Lewis, Stock & Watson 2018
     ratio       the figure is log(median of the one / median of the other) in the same round: what slows a round slows both. Its mean
                 leaves out the outer tenth of rounds on either side (Tukey & McLaughlin 1963).
 
+Candidates that were opened several times differ from one opening to the next by more than rounds do. Their interval counts openings: it
+is of the mean over them of what each gives, with Student's t of one degree of freedom less than there are.
+
 `benchmarks/harness_trust.py` checks on simulated machines that the intervals hold the truth as often as they say, where a bootstrap over
 rounds does not.
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +43,7 @@ class Samples:
         stable: whether the calls before had settled; None where nothing was watched.
         joules: energy of the blocks the calls were made in, uncounted calls too; None without a meter.
         metered: calls in those blocks.
+        openings: first round of every session: it was opened so often.
     """
 
     ns: np.ndarray
@@ -48,6 +52,7 @@ class Samples:
     stable: bool | None = None
     joules: float | None = None
     metered: int = 0
+    openings: tuple[int, ...] = (0,)
 
     @property
     def rounds(self) -> int:
@@ -58,6 +63,10 @@ class Samples:
     def by_round(self) -> np.ndarray:
         """The times as (rounds, per_round)."""
         return self.ns.reshape(-1, self.per_round)
+
+    def by_session(self, values: np.ndarray) -> list[np.ndarray]:
+        """Figures of rounds, parted by session."""
+        return np.split(values, self.openings[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +153,8 @@ def quantile_interval(samples: Samples, share: float = 0.5) -> tuple[float, floa
     times = np.sort(samples.ns)
     found = float(np.quantile(times, share))
     below = (samples.by_round < found).mean(axis=1) + (samples.by_round == found).mean(axis=1) / 2
-    error, freedom = standard_error(below)
+    parts = samples.by_session(below)
+    _, error, freedom = _over_sessions([float(part.mean()) for part in parts]) if len(parts) > 1 else (found, *standard_error(below))
     reach = student_quantile(freedom) * error
     low, high = np.quantile(times, [max(0.0, share - reach), min(1.0, share + reach)])
     return float(low), float(high)
@@ -156,14 +166,15 @@ def ratio_of_medians(numerator: Samples, denominator: Samples, *, paired: bool =
     Args:
         numerator: above the line (the baseline, for a speed-up).
         denominator: below it.
-        paired: both come from the same rounds of one run. Otherwise their variances add (Welch's degrees of freedom).
+        paired: both come from the same rounds, and so sessions, of one run. Otherwise their variances add (Welch's degrees of freedom).
         confidence: of the interval.
     """
     above, below = (np.log(np.median(item.by_round, axis=1)) for item in (numerator, denominator))
     if paired:
-        center, error, freedom = _trimmed_mean(above - below)
+        center, error, freedom = _center(numerator.by_session(above - below))
     else:
-        (upper, upper_error, upper_freedom), (lower, lower_error, lower_freedom) = _trimmed_mean(above), _trimmed_mean(below)
+        upper, upper_error, upper_freedom = _center(numerator.by_session(above))
+        lower, lower_error, lower_freedom = _center(denominator.by_session(below))
         center, error = upper - lower, math.hypot(upper_error, lower_error)
         spread = upper_error**4 / upper_freedom + lower_error**4 / lower_freedom
         freedom = max(1, int(error**4 / spread)) if spread else min(upper_freedom, lower_freedom)
@@ -194,6 +205,16 @@ def _chance(center: float, error: float, freedom: int) -> float:
     if error == 0:
         return 1.0 if abs(center) <= near else 0.0
     return min(1.0, sum(1 - student_cdf((abs(center) + shift) / error, freedom) for shift in (-near, near)))
+
+
+def _center(parts: Sequence[np.ndarray]) -> tuple[float, float, int]:
+    """(mean of figures of rounds, its standard error, degrees of freedom): over rounds of one session, or over several sessions."""
+    return _over_sessions([_trimmed_mean(part)[0] for part in parts]) if len(parts) > 1 else _trimmed_mean(parts[0])
+
+
+def _over_sessions(figures: Sequence[float]) -> tuple[float, float, int]:
+    """(mean of one figure per session, its standard error, degrees of freedom)."""
+    return float(np.mean(figures)), float(np.std(figures, ddof=1)) / math.sqrt(len(figures)), len(figures) - 1
 
 
 def _trimmed_mean(values: np.ndarray) -> tuple[float, float, int]:

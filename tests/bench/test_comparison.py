@@ -44,7 +44,7 @@ def result(*measurements: Measurement, **changes: Any) -> BenchResult:
 def test_a_file_of_version_1_loads_and_compares():
     assert json.loads(OLD.read_text())["schema_version"] == 1
     old = load(OLD)
-    assert old.schema_version == 2
+    assert (old.schema_version, old.settings.sessions) == (3, 1)
     assert old.scenario == Scenario()
     assert (old.observed, old.environment.affinity, old.get(old.baseline or "").cold) == (None, None, ())
     assert old.ratios()
@@ -149,7 +149,7 @@ def test_energy_is_per_call_and_absent_without_a_meter():
 def test_the_schema_describes_what_is_written():
     found = schema()
     assert set(json.loads(result(measurement("a")).model_dump_json())) == set(found["properties"])
-    assert found["properties"]["schema_version"]["const"] == 2
+    assert found["properties"]["schema_version"]["const"] == 3
 
 
 def test_junit_has_a_case_per_candidate_and_a_failure_where_it_is_too_slow():

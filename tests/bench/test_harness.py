@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploycc.bench.harness import Candidate, growth_mb, measure
+from deploycc.bench.harness import Candidate, measure
+from deploycc.bench.opening import growth_mb
 from deploycc.bench.queries import call_of
 from deploycc.core.artifact import Feeds, Outputs, Signature, TensorSpec
 from deploycc.core.target import Bench
@@ -146,6 +147,6 @@ def test_another_timer_owns_the_clock_and_waits_by_itself():
     result = measure([Candidate("a", lambda: session, FEEDS)], settings=SETTINGS, timer=timer, clock="CUDA events")
     assert result.clock == "CUDA events"
     assert set(result.get("a").samples_ns) == {5_000_000}
-    assert session.synchronized == 1  # after the first answer, whose time is the wall's
+    assert session.synchronized == result.settings.sessions  # after the first answer of each, whose time is the wall's
     assert session.fed == {0.0, 1.0}
     assert measure([Candidate("a", lambda: Spin(100), FEEDS)], settings=SETTINGS).clock == "wall"

@@ -87,7 +87,13 @@ def test_save_and_load_are_inverses(tmp_path: Path):
     after = load(tmp_path / "r.json")
     assert after == before
     assert after.ratio("b") == before.ratio("b")
-    assert json.loads((tmp_path / "r.json").read_text())["schema_version"] == 2
+    assert json.loads((tmp_path / "r.json").read_text())["schema_version"] == 3
+
+
+@pytest.mark.parametrize("openings", [(1,), (0, 3, 3), (0, 100), (0, 9, 4)])
+def test_sessions_without_a_round_are_no_result(openings: tuple[int, ...]):
+    with pytest.raises(ValueError, match="openings: sessions begin at rounds"):
+        Measurement(**{**measurement("a").model_dump(), "openings": openings})
 
 
 def test_a_result_that_cannot_be_written_is_a_store_error(tmp_path: Path):
@@ -102,7 +108,7 @@ def test_a_result_that_cannot_be_written_is_a_store_error(tmp_path: Path):
     [
         ("", "is not a bench result: the file: Invalid JSON"),
         ("{}", "is not a bench result: measurements: Field required"),
-        ('{"schema_version": 3}', "is not a bench result: schema_version: Input should be 2"),
+        ('{"schema_version": 4}', "is not a bench result: schema_version: Input should be 3"),
     ],
 )
 def test_what_is_no_result_is_refused(tmp_path: Path, text: str, message: str):

@@ -202,6 +202,8 @@ def test_bench_starts_fresh_processes_and_runs_every_scenario(compiled, deploycc
         (("--scenario", "offline", "--batch", "7"), "cannot take batches of 7"),
         (("--streams", "2"), "single-stream is one stream, not 2"),
         (("--max-width", "5"), "--max-width is '5'"),
+        (("--sessions", "3", "--scenario", "server", "--qps", "9"), "--sessions does not go with --scenario server"),
+        (("--sessions", "3", "--loadgen"), "--sessions does not go with --loadgen"),
         (("--affinity", "x"), "--affinity is 'x'"),
         (("--allocator", "tlsf"), "there is no allocator 'tlsf'"),
         (("--pictures", "."), "does not take pictures"),

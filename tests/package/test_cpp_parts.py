@@ -8,7 +8,7 @@ import json
 import random
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -273,12 +273,14 @@ SERIES = (
     two_speeds(4),
     interrupted(5),
     *(Samples(np.array(ns), 2, 1) for ns in ([5, 7, 6, 9], [5, 7, 6, 9, 8, 8])),
+    replace(steady(6), openings=(0, 9, 20, 31)),
+    replace(two_speeds(7), openings=(0, 1)),
 )
 
 
 @pytest.mark.parametrize("samples", SERIES)
 def test_statistics_are_the_host_s(probe: Path, tmp_path: Path, samples: Samples):
-    np.savez(tmp_path / "s.npz", ns=samples.ns, per_round=np.array(samples.per_round))
+    np.savez(tmp_path / "s.npz", ns=samples.ns, per_round=np.array(samples.per_round), openings=np.array(samples.openings))
     found = cpp_probe.answer(cpp_probe.run(probe, "statistics", tmp_path / "s.npz"))
     wanted = summarize(samples)
     assert found.pop("warnings") == list(instability(samples, wanted))

@@ -113,16 +113,30 @@ def test_the_bundle_is_where_the_program_lies(runner: Path, folder: Path, tmp_pa
 def test_bench_measures_and_saves_what_the_host_reads(runner: Path, folder: Path, tmp_path: Path):
     found = cpp_probe.answer(
         cpp_probe.run(
-            runner, "bench", "--bundle", folder, "--seconds=0.05", "--runs", "40", "--samples", "--json", "--save", tmp_path / "r.json"
+            runner,
+            "bench",
+            "--bundle",
+            folder,
+            "--seconds=0.05",
+            "--runs",
+            "40",
+            "--sessions",
+            "3",
+            "--samples",
+            "--json",
+            "--save",
+            tmp_path / "r.json",
         )
     )
     latency = found["latency_ms"]
     assert latency["fastest"] <= latency["low"] <= latency["p50"] <= latency["high"] <= latency["slowest"]
     assert latency["runs"] >= 40
     assert found["peak_rss_mb"] > 1
-    assert found["measurement"]["min_runs"] == 40
+    assert (found["measurement"]["min_runs"], found["measurement"]["sessions"]) == (40, 3)
     saved = BenchResult.model_validate_json((tmp_path / "r.json").read_text())
     assert saved.measurements[0].name == "tiny-target"
+    assert saved.settings.sessions == len(saved.measurements[0].openings) == 3
+    assert saved.measurements[0].summary.low == pytest.approx(latency["low"])
     assert list(saved.measurements[0].samples_ns) == found["measurement"]["samples_ns"]
     assert saved.measurements[0].inputs["image"] == ("float32", (1, 3, 8, 8))
     assert saved.environment.libraries == {"fakeruntime": "1.5.0"}

@@ -17,9 +17,11 @@ from PIL import Image
 from deploycc.errors import BundleError
 from deploycc.package.bundle import write, write_runner
 from deploycc.package.manifest import Contents
+from deploycc.runtime import __main__ as runner
 from deploycc.runtime.__main__ import main
 from deploycc.runtime.bundle import load
 from deploycc.runtime.machine import available_cores
+from deploycc.runtime.measure import SESSIONS
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +138,23 @@ def test_bench_prints_the_harness_statistics(folder: Path, capsys: pytest.Captur
 
 
 def test_bench_gives_every_sample_when_asked_and_does_as_many_runs(folder: Path, capsys: pytest.CaptureFixture[str]):
-    found = answer(capsys, "bench", "--bundle", str(folder), "--seconds", "0.001", "--runs", "57", "--samples")
+    found = answer(capsys, "bench", "--bundle", str(folder), "--seconds", "0.001", "--runs", "57", "--sessions", "2", "--samples")
     taken = found["measurement"]
     assert found["latency_ms"]["runs"] == len(taken["samples_ns"]) >= 57
     assert len(taken["samples_ns"]) % taken["per_round"] == 0
     assert found["latency_ms"]["p50"] == pytest.approx(np.median(taken["samples_ns"]) / 1e6)
     assert taken["inputs"] == {"image": ["float32", [1, 3, 8, 8]]}
-    assert (taken["min_seconds"], taken["min_runs"]) == (0.001, 57)
+    assert (taken["min_seconds"], taken["min_runs"], taken["sessions"], len(taken["openings"])) == (0.001, 57, 2, 2)
+
+
+def test_bench_opens_the_model_as_often_as_its_target_says(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    opened: list[int] = []
+    opening = runner.open_session
+    monkeypatch.setattr(runner, "open_session", lambda *given: (opened.append(1), opening(*given))[1])
+    taken = answer(capsys, "bench", "--bundle", str(folder), "--seconds", "0.02", "--samples")["measurement"]
+    assert taken["sessions"] == len(taken["openings"]) == len(opened) == SESSIONS
 
 
 def test_bench_warns_of_more_threads_than_cores(folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,6 +91,29 @@ def test_a_paired_ratio_is_not_disturbed_by_what_slows_both():
     assert found.value == pytest.approx(2.0, rel=0.03)
     assert found.verdict == "faster"
     assert found.high - found.low < (loose.high - loose.low) / 3
+
+
+def test_intervals_of_several_sessions_count_sessions():
+    levels = np.array([1.0, 1.01, 0.99, 1.02])
+    first, second = (normal(1e6, rounds=40, seed=seed, spread=1e-4) for seed in (0, 1))
+    apart = replace(first, ns=(first.ns * np.repeat(levels, 50)).astype(np.int64), openings=(0, 10, 20, 30))
+    found = ratio_of_medians(apart, replace(second, openings=apart.openings))
+    logs = np.log(levels)
+    reach = 3.1824 * logs.std(ddof=1) / 2
+    assert found.value == pytest.approx(math.exp(logs.mean()), rel=1e-4)
+    assert (found.low, found.high) == pytest.approx((math.exp(logs.mean() - reach), math.exp(logs.mean() + reach)), rel=1e-4)
+    loose = ratio_of_medians(apart, replace(second, openings=apart.openings), paired=False)
+    assert loose.high - loose.low == pytest.approx(found.high - found.low, rel=0.05)  # the other's sessions are alike
+
+
+def test_the_median_of_several_sessions_is_known_as_far_as_they_agree():
+    levels = np.repeat([1.0, 1.01, 0.99, 1.02], 50)
+    item = normal(1e6, rounds=40, spread=1e-4)
+    apart = replace(item, ns=(item.ns * levels).astype(np.int64), openings=(0, 10, 20, 30))
+    low, high = quantile_interval(apart)
+    assert low < 0.9905e6
+    assert high > 1.0195e6
+    assert np.ptp(quantile_interval(replace(item, openings=apart.openings))) < 2e3
 
 
 def test_a_candidate_is_no_faster_than_itself():

@@ -11,8 +11,8 @@ namespace {
 
 constexpr double most_runs = 20'000, least_rounds = 5, least_per_round = 3, shortest_block_ns = 5e6;
 constexpr int warmup_windows = 12;
-constexpr double warmup_seconds = 0.15, settled = 0.03;
-constexpr size_t warmup_runs = 3;
+constexpr double warmup_seconds = 0.15, again_seconds = 0.02, settled = 0.03;
+constexpr size_t warmup_runs = 3, again_runs = 1;
 
 struct Warm {
   size_t calls;
@@ -27,13 +27,13 @@ int64_t timed(const Call& call, size_t number) {
 }
 
 // Calls in windows until two in a row have medians alike.
-Warm warm_up(const Call& call) {
+Warm warm_up(const Call& call, double seconds, size_t runs) {
   size_t made = 0;
   double before = std::numeric_limits<double>::infinity(), fastest = before;
   for (int window = 0; window < warmup_windows; ++window) {
     std::vector<double> times;
-    const int64_t end = now_ns() + static_cast<int64_t>(warmup_seconds * 1e9);
-    while (times.size() < warmup_runs || now_ns() < end) times.push_back(static_cast<double>(timed(call, made + times.size())));
+    const int64_t end = now_ns() + static_cast<int64_t>(seconds * 1e9);
+    while (times.size() < runs || now_ns() < end) times.push_back(static_cast<double>(timed(call, made + times.size())));
     made += times.size();
     fastest = std::min(fastest, *std::min_element(times.begin(), times.end()));
     const double typical = median(std::move(times));
@@ -50,8 +50,8 @@ int64_t now_ns() {
   return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
 }
 
-Samples time_calls(const Call& call, double min_seconds, size_t min_runs) {
-  const Warm warm = warm_up(call);
+Samples time_calls(Call call, const std::function<Call()>& again, double min_seconds, size_t min_runs, size_t sessions) {
+  const Warm warm = warm_up(call, warmup_seconds, warmup_runs);
   const double block = std::max(shortest_block_ns, least_per_round * warm.fastest);
   const double expected_rounds = std::max({least_rounds, static_cast<double>(min_runs) / least_per_round, min_seconds * 1e9 / block});
   const double most = std::max(least_per_round, std::floor(most_runs / expected_rounds));
@@ -59,13 +59,22 @@ Samples time_calls(const Call& call, double min_seconds, size_t min_runs) {
   samples.warmups = warm.calls;
   samples.stable = warm.stable;
   samples.per_round = static_cast<size_t>(std::min(most, std::max(least_per_round, std::nearbyint(block / warm.fastest))));
+  const auto wanted = static_cast<double>(sessions);
   double spent = 0;
   size_t rounds = 0;
-  const auto enough = [&] {
-    const size_t runs = samples.ns.size();
-    return runs >= static_cast<size_t>(most_runs) || (runs >= min_runs && spent >= min_seconds * 1e9 && rounds >= least_rounds);
+  const auto reached = [&] {
+    const auto runs = static_cast<double>(samples.ns.size());
+    const double least = std::min({runs / static_cast<double>(min_runs), spent / 1e9 / min_seconds, static_cast<double>(rounds) / std::max(least_rounds, wanted)});
+    return std::min(1.0, std::max(runs / most_runs, least));
   };
-  while (!enough()) {
+  for (double share = reached(); share < 1 || samples.openings.size() < sessions; share = reached()) {
+    if (share * wanted >= static_cast<double>(samples.openings.size())) {
+      call = again();
+      const Warm anew = warm_up(call, again_seconds, again_runs);
+      samples.warmups += anew.calls;
+      samples.stable = *samples.stable && anew.stable;
+      samples.openings.push_back(rounds);
+    }
     const size_t first = rounds * samples.per_round;
     call(first);  // not counted: brings the weights back into the caches
     for (size_t i = 0; i < samples.per_round; ++i) {

@@ -48,7 +48,7 @@ void add_notes(std::vector<std::string>& lines, const std::vector<std::string>& 
 Answer selftest(const Options& options) {
   const Opened opened = open(options);
   const Golden golden = read_golden(opened.bundle);
-  const auto session = open_session(opened.bundle.model, opened.bundle.signature, opened.threads);
+  auto session = open_session(opened.bundle.model, opened.bundle.signature, opened.threads);
   const auto worst = check_golden(opened.bundle, golden, *session);
   Answer answer{about(opened), {}};
   const auto allowed = [&](const std::string& name) { return golden.atol.count(name) ? golden.atol.at(name) : 0.0; };
@@ -84,10 +84,11 @@ Json to_json(const Summary& summary) {
                        {"slowest", summary.slowest}});
 }
 
-Json with_settings(Json measured, const Samples& samples, double seconds, size_t runs) {
-  measured.set("min_seconds", seconds);
-  measured.set("min_runs", static_cast<int64_t>(runs));
-  measured.set("stable", samples.stable);
+Json with_settings(Json measured, const Run& run) {
+  measured.set("min_seconds", run.min_seconds);
+  measured.set("min_runs", static_cast<int64_t>(run.min_runs));
+  measured.set("sessions", static_cast<int64_t>(run.sessions));
+  measured.set("stable", run.samples.stable);
   return measured;
 }
 
@@ -99,15 +100,22 @@ Answer bench(const Options& options) {
       options.input.empty() ? read_golden(opened.bundle).feeds : std::vector<Arrays>{read_input(opened.bundle, options.input)};
   const double seconds = options.seconds > 0 ? options.seconds : opened.bundle.bench("min_seconds", 2.0);
   const auto runs = options.runs ? static_cast<size_t>(options.runs) : static_cast<size_t>(std::clamp(opened.bundle.bench("min_runs", 30), 1.0, 20'000.0));
+  const auto sessions = options.sessions ? static_cast<size_t>(options.sessions) : static_cast<size_t>(std::clamp(opened.bundle.bench("sessions", 5), 1.0, 100.0));
   const auto earlier = peak_rss_bytes();
   const auto before = reset_peak() ? rss_bytes() : std::nullopt;  // as the host's harness does, so that growth means the same
   const int64_t begin = now_ns();
-  const auto session = open_session(opened.bundle.model, opened.bundle.signature, opened.threads);
+  auto session = open_session(opened.bundle.model, opened.bundle.signature, opened.threads);
   const int64_t loaded = now_ns();
   session->run(feeds[0]);
   const int64_t first = now_ns();
   const auto cold = peak_rss_bytes();
-  const Samples samples = time_calls([&](size_t number) { session->run(feeds[number % feeds.size()]); }, seconds, runs);
+  const Call call = [&](size_t number) { session->run(feeds[number % feeds.size()]); };
+  const auto again = [&] {
+    session.reset();  // two of them might not fit
+    session = open_session(opened.bundle.model, opened.bundle.signature, opened.threads);
+    return call;
+  };
+  const Samples samples = time_calls(call, again, seconds, runs, sessions);
   const Summary summary = summarize(samples);
   auto warnings = instability(samples, summary);
   if (opened.threads > available_cores()) warnings.push_back(format("%d threads on %d available cores", opened.threads, available_cores()));
@@ -121,8 +129,8 @@ Answer bench(const Options& options) {
   answer.document.set("warnings", Json::strings(warnings));
   const auto growth = before && cold && *cold > *before ? std::optional((*cold - *before) / 1e6) : std::nullopt;
   const Run run{text_of(answer.document, "target"), text_of(opened.bundle.runtime(), "package"), runtime_version(), samples, feeds[0],
-                opened.threads, seconds, runs, open_ms, first_ms, growth};
-  if (options.samples) answer.document.set("measurement", with_settings(measurement(run), samples, seconds, runs));
+                opened.threads, seconds, runs, sessions, open_ms, first_ms, growth};
+  if (options.samples) answer.document.set("measurement", with_settings(measurement(run), run));
   if (!options.save.empty()) save_text(options.save, record(run).dump() + "\n");
   std::string tail;
   for (const auto& [name, value] : {std::pair("p90", summary.p90), std::pair("p99", summary.p99), std::pair("p99.9", summary.p999)}) {
@@ -183,7 +191,7 @@ std::string span(const Array& array) {
 Answer predict(const Options& options) {
   const Opened opened = open(options);
   const Arrays feeds = read_input(opened.bundle, options.file);
-  const auto session = open_session(opened.bundle.model, opened.bundle.signature, opened.threads);
+  auto session = open_session(opened.bundle.model, opened.bundle.signature, opened.threads);
   const Outputs outputs = session->run(feeds);
   if (!options.save.empty()) {
     std::vector<std::pair<std::string, const Array*>> arrays;

@@ -14,6 +14,7 @@ struct Options {
   int threads = 0;      // 0 = the target's, at most this machine's cores
   double seconds = 0;   // 0 = what the target says
   int runs = 0;         // 0 = what the target says
+  int sessions = 0;     // likewise
   bool samples = false;  // every timed call too
   int top = 5;
 };

@@ -25,6 +25,7 @@ const char* const help =
     "  bench                  measure latency, cold start and memory on this machine\n"
     "    --seconds S          least seconds of timed calls (default: what the target says)\n"
     "    --runs N             least number of timed calls (default: what the target says)\n"
+    "    --sessions N         times the model is opened (default: what the target says)\n"
     "    --samples            with --json: every timed call in nanoseconds too\n"
     "    --save FILE          write raw samples and environment as `deploycc bench --save` does\n"
     "    --input FILE         a .ppm, .pgm, .npy, .wav or .npz to measure with, instead of the golden inputs\n"
@@ -72,6 +73,7 @@ Options parsed(const std::vector<std::string>& arguments) {
           setters["--seconds"] = [&](const auto& name, const auto& text) { options.seconds = seconds(name, text); };
           setters["--save"] = [&](const auto&, const auto& text) { options.save = text; };
           setters["--runs"] = [&](const auto& name, const auto& text) { options.runs = count(name, text); };
+          setters["--sessions"] = [&](const auto& name, const auto& text) { options.sessions = count(name, text); };
           setters["--input"] = [&](const auto&, const auto& text) { options.input = text; };
         } else if (argument == "predict") {
           setters["--top"] = [&](const auto& name, const auto& text) { options.top = count(name, text); };

@@ -55,8 +55,9 @@ std::string now_text() {
 }  // namespace
 
 Json measurement(const Run& run) {
-  Json times = Json::array(), inputs = Json::object();
+  Json times = Json::array(), inputs = Json::object(), openings = Json::array();
   for (const auto time : run.samples.ns) times.add(time);
+  for (const auto round : run.samples.openings) openings.add(static_cast<int64_t>(round));
   for (const auto& [name, array] : run.feeds) {
     Json shape = Json::array();
     for (const auto size : array.shape) shape.add(size);
@@ -66,6 +67,7 @@ Json measurement(const Run& run) {
                        {"samples_ns", times},
                        {"per_round", static_cast<int64_t>(run.samples.per_round)},
                        {"warmups", static_cast<int64_t>(run.samples.warmups)},
+                       {"openings", openings},
                        {"open_ms", run.open_ms},
                        {"first_ms", run.first_ms},
                        {"rss_growth_mb", run.rss_growth_mb},
@@ -73,12 +75,12 @@ Json measurement(const Run& run) {
 }
 
 Json record(const Run& run) {
-  const auto threads = static_cast<int64_t>(run.threads), runs = static_cast<int64_t>(run.min_runs);
-  return Json::object({{"schema_version", int64_t{1}},
+  const auto threads = static_cast<int64_t>(run.threads), runs = static_cast<int64_t>(run.min_runs), sessions = static_cast<int64_t>(run.sessions);
+  return Json::object({{"schema_version", int64_t{3}},
                        {"measurements", Json::array({measurement(run)})},
                        {"baseline", Json()},
                        {"environment", environment(run)},
-                       {"settings", Json::object({{"threads", threads}, {"min_seconds", run.min_seconds}, {"min_runs", runs}})},
+                       {"settings", Json::object({{"threads", threads}, {"min_seconds", run.min_seconds}, {"min_runs", runs}, {"sessions", sessions}})},
                        {"clock", "wall"},
                        {"seed", int64_t{0}},
                        {"created", now_text()}});

@@ -18,6 +18,7 @@ struct Run {
   int threads;
   double min_seconds;
   size_t min_runs;
+  size_t sessions;
   double open_ms, first_ms;
   std::optional<double> rss_growth_mb;
 };

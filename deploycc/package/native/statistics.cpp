@@ -61,6 +61,21 @@ std::pair<double, int> standard_error(std::vector<double> values) {
   return {std::sqrt(squares / used / static_cast<double>(count)), used};
 }
 
+// Standard error of the mean of one figure per session, and its degrees of freedom.
+std::pair<double, int> error_over_sessions(const std::vector<double>& values, const std::vector<size_t>& openings) {
+  std::vector<double> means;
+  for (size_t part = 0; part < openings.size(); ++part) {
+    const size_t end = part + 1 < openings.size() ? openings[part + 1] : values.size();
+    const auto first = values.begin() + static_cast<ptrdiff_t>(openings[part]), last = values.begin() + static_cast<ptrdiff_t>(end);
+    means.push_back(std::accumulate(first, last, 0.0) / static_cast<double>(last - first));
+  }
+  const auto count = static_cast<double>(means.size());
+  const double mean = std::accumulate(means.begin(), means.end(), 0.0) / count;
+  double squares = 0;
+  for (const double value : means) squares += (value - mean) * (value - mean);
+  return {std::sqrt(squares / (count - 1) / count), static_cast<int>(means.size()) - 1};
+}
+
 // 95 % interval of the median: that of each round's share of calls below it, read back through the sorted times (Woodruff 1952).
 std::pair<double, double> median_interval(const Samples& samples, const std::vector<double>& sorted) {
   const double found = quantile(sorted, 0.5);
@@ -73,7 +88,7 @@ std::pair<double, double> median_interval(const Samples& samples, const std::vec
     }
     below.push_back(share / static_cast<double>(samples.per_round));
   }
-  const auto [error, freedom] = standard_error(std::move(below));
+  const auto [error, freedom] = samples.openings.size() > 1 ? error_over_sessions(below, samples.openings) : standard_error(below);
   const double reach = student_quantile(freedom) * error;
   return {quantile(sorted, std::max(0.0, 0.5 - reach)), quantile(sorted, std::min(1.0, 0.5 + reach))};
 }

@@ -12,6 +12,7 @@ struct Samples {
   size_t per_round = 1;
   size_t warmups = 0;          // calls made before, not kept
   std::optional<bool> stable;  // whether the calls before had settled
+  std::vector<size_t> openings = {0};  // the first round of every session
 };
 
 // Milliseconds; `low` and `high` bound the median (95 %). A percentile that the number of runs does not carry is not there.

@@ -9,6 +9,7 @@ import numpy as np
 
 from deploycc.bench.measurement import Measurement
 from deploycc.bench.result import BenchResult
+from deploycc.core.target import Bench
 from deploycc.package.report.units import MISSING, milliseconds, percent
 
 
@@ -112,13 +113,18 @@ def environment(bench: BenchResult) -> tuple[tuple[str, str], ...]:
         ("Scenario", f"{scenario.kind}, issued by {bench.driver}"),
         (
             "Stopped at",
-            f"{bench.settings.min_seconds:g} s and {bench.settings.min_runs} runs at least; seed {bench.seed}; clock {bench.clock}",
+            f"{_extent(bench.settings)}; seed {bench.seed}; clock {bench.clock}",
         ),
         ("Variables", " ".join(f"{name}={value}" for name, value in (known.variables or {}).items())),
         ("Software", ", ".join([f"Python {known.python}", known.system, *(f"{name} {item}" for name, item in known.libraries.items())])),
         ("Measured", bench.created),
     ]
     return tuple((name, value) for name, value in rows if value)
+
+
+def _extent(settings: Bench) -> str:
+    opened = "once" if settings.sessions == 1 else f"{settings.sessions} times"
+    return f"{settings.min_seconds:g} s and {settings.min_runs} runs at least, opened {opened}"
 
 
 def _spans(numbers: tuple[int, ...]) -> str:

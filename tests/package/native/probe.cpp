@@ -83,13 +83,15 @@ void ranking(const Arguments& given) {
   std::printf("%s\n", found.dump().c_str());
 }
 
-// statistics SAMPLES.npz: ns and per_round
+// statistics SAMPLES.npz: ns, per_round and openings
 void statistics(const Arguments& given) {
   const Arrays arrays = read_npz(given[0]);
   const Array& ns = arrays.at("ns");
   Samples samples;
   samples.ns.assign(ns.as<int64_t>(), ns.as<int64_t>() + ns.count());
   samples.per_round = static_cast<size_t>(arrays.at("per_round").value(0));
+  const Array& openings = arrays.at("openings");
+  samples.openings.assign(openings.as<int64_t>(), openings.as<int64_t>() + openings.count());
   const Summary s = summarize(samples);
   const Json found = Json::object({{"runs", static_cast<int64_t>(s.runs)}, {"p50", s.p50}, {"low", s.low}, {"high", s.high},
                                    {"p90", s.p90}, {"p95", s.p95}, {"p99", s.p99}, {"p999", s.p999}, {"mean", s.mean}, {"std", s.deviation},
