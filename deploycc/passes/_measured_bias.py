@@ -33,6 +33,7 @@ from deploycc.core.compare import sqnr_db
 from deploycc.core.contract import Progress
 from deploycc.forms._taps import tapped
 from deploycc.passes._dialects import ACTIVATIONS, HEAVY, gated, is_constant, only_reader
+from deploycc.passes._memory import give_back
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -91,6 +92,7 @@ def correct(model: ir.Model, float_model: ir.Model, feeds: Feeds, progress: Prog
             for name, values in quantized.side_by_side(calls):
                 if name in sums:
                     sums[name].take(_reach(truth, sums[name].wanted), values)
+                    give_back()
             progress("bias correction", min(start + ABREAST, len(feeds)), len(feeds), "")
     return [item.written() for item in sums.values()]
 
@@ -157,27 +159,37 @@ def _moved(node: ir.Node, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, (codes.astype(np.float64) - old).reshape(-1) * steps.reshape(-1)
 
 
-def shrunk(errors: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The weighed mean Σe / Σw of every channel, less where the calls differ more than that.
+class Moments:
+    """What is kept of a channel's errors, whatever the number of calls: sums over them, of Σ w·(y − ŷ) and Σ w over a call's places."""
 
-    Args:
-        errors: Σ w·(y − ŷ) over the places, calls × channels.
-        weights: Σ w, likewise.
-    """
-    total, count = np.maximum(weights.sum(0), 1e-30), len(errors)
-    mean = errors.sum(0) / total
-    spread = np.square(errors - mean * weights).sum(0) / np.square(total)
-    doubt = spread * (count / (count - 1)) if count > 1 else np.zeros_like(mean)
-    return mean * np.maximum(0.0, 1.0 - doubt / np.maximum(np.square(mean), 1e-30))
+    def __init__(self) -> None:
+        self.calls = 0
+        self._errors = self._weights = self._squares = self._crossed = self._weights_squared = np.zeros(())
+
+    def add(self, errors: np.ndarray, weights: np.ndarray) -> None:
+        """One call's, of every channel."""
+        self.calls += 1
+        self._errors, self._weights = self._errors + errors, self._weights + weights
+        self._squares, self._crossed = self._squares + np.square(errors), self._crossed + errors * weights
+        self._weights_squared = self._weights_squared + np.square(weights)
+
+    def shrunk(self) -> np.ndarray:
+        """The weighed mean Σe / Σw of every channel, less where the calls differ more than that."""
+        total = np.maximum(self._weights, 1e-30)
+        mean = self._errors / total
+        squares = self._squares - 2 * mean * self._crossed + np.square(mean) * self._weights_squared  # Σ (e − mean·w)²
+        spread = np.maximum(squares, 0.0) / np.square(total)
+        doubt = spread * (self.calls / (self.calls - 1)) if self.calls > 1 else np.zeros_like(mean)
+        return mean * np.maximum(0.0, 1.0 - doubt / np.maximum(np.square(mean), 1e-30))
 
 
 class _Sums:
-    """Of one layer, call by call and channel by channel: Σ w·(y − ŷ), Σ w and the mean of y²; w = f′(y)²."""
+    """Of one layer, channel by channel: the moments of Σ w·(y − ŷ) and Σ w over a call's places, w = f′(y)², and the sum of y²'s means."""
 
     def __init__(self, original: ir.Node, node: ir.Node, net: OnnxModule) -> None:
         self.wanted = original.outputs[0].name or ""
         self.node, self.axis, self.slope = node, 1 if node.op_type == "Conv" else -1, _slope(original, net)
-        self.rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.moments, self.energy = Moments(), 0.0
 
     def take(self, wanted: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
         """Add some calls, and put the shift of all so far on `values`."""
@@ -186,8 +198,9 @@ class _Sums:
         for y, quantized in zip(wanted, values, strict=True):
             weights = torch.ones_like(y) if self.slope is None else self.slope(y).square()
             errors, weights, energy = (self._channels(part) for part in (weights * (y - quantized), weights, y.square()))
-            self.rows.append((np.asarray(errors.sum(1)), np.asarray(weights.sum(1)), np.asarray(energy.mean(1))))
-        added = torch.from_numpy(_moved(self.node, self._shift())[1].astype(np.float32))
+            self.moments.add(errors.sum(1).numpy(), weights.sum(1).numpy())
+            self.energy += float(energy.mean())
+        added = torch.from_numpy(_moved(self.node, self.moments.shrunk())[1].astype(np.float32))
         for value in values:
             shape = [1] * value.dim()
             shape[self.axis] = -1
@@ -199,17 +212,13 @@ class _Sums:
 
         found = _bias(self.node)
         assert found is not None  # `correct` has looked
-        new, added = _moved(self.node, self._shift())
+        new, added = _moved(self.node, self.moments.shrunk())
         found[0].const_value = ir.tensor(new, name=found[0].name)  # quantize-static gave every operator its own
-        energy = np.mean([row[2] for row in self.rows])
+        energy = self.energy / self.moments.calls
         return Corrected(self.node.name or "", float(np.sqrt(np.mean(np.square(added)) / (energy or 1.0))))
 
     def _channels(self, values: torch.Tensor) -> torch.Tensor:
         return values.movedim(self.axis, 0).flatten(1).double()
-
-    def _shift(self) -> np.ndarray:
-        errors, weights = (np.stack(part) for part in list(zip(*self.rows, strict=True))[:2])
-        return shrunk(errors, weights)
 
 
 def judged(models: Sequence[ir.Model], float_model: ir.Model, feeds: Feeds) -> list[float]:

@@ -142,25 +142,27 @@ class OnnxModule(nn.Module):
             for call in values:
                 found = self._run(step, [call[name] for name in step.inputs], None, None)
                 call |= dict(zip(step.outputs, found if isinstance(found, tuple | list) else (found,), strict=False))
+                for name in step.last_use:  # before the next call, so that inputs of all calls never lie beside outputs of all
+                    if name not in step.outputs:
+                        del call[name]
             for name in step.outputs:
                 yield name, [call.get(name) for call in values]
-            for call in values:
-                for name in step.last_use:
+            for name in set(step.outputs).intersection(step.last_use):
+                for call in values:
                     del call[name]
 
     def between(self, given: Mapping[str, torch.Tensor], wanted: str) -> torch.Tensor:
         """One tensor, computed from `given` ones and constants alone."""
         values: dict[str, Any] = {name: getattr(self, key) for name, key in self.constants.items()} | {"": None} | dict(given)
-        makers = {name: step for step in self.steps for name in step.outputs}
-
-        def value(name: str) -> Any:
-            if name not in values:
-                step = makers[name]
-                found = self._run(step, [value(item) for item in step.inputs], None, None)
-                values.update(zip(step.outputs, found if isinstance(found, tuple | list) else (found,), strict=False))
-            return values[name]
-
-        return value(wanted)
+        missing, needed = {wanted} - set(values), list[Step]()
+        for step in reversed(self.steps):  # no recursive closure: it would keep every tensor until the collector comes
+            if not missing.isdisjoint(step.outputs):
+                needed.append(step)
+                missing = missing.difference(step.outputs).union(name for name in step.inputs if name not in values)
+        for step in reversed(needed):
+            found = self._run(step, [values[name] for name in step.inputs], None, None)
+            values |= dict(zip(step.outputs, found if isinstance(found, tuple | list) else (found,), strict=False))
+        return values[wanted]
 
     def _run(self, step: Step, inputs: list[Any], size: int | None, device: Any) -> Any:
         if step.run is None:

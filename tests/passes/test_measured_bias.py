@@ -1,5 +1,7 @@
 """Biases corrected by what was measured: by hand, layer after layer, and where there is nothing to correct."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +15,7 @@ from deploycc.core.target import Quant
 from deploycc.errors import UnsupportedError
 from deploycc.forms.onnx import clone
 from deploycc.passes import _measured_bias
-from deploycc.passes._measured_bias import correct, shrunk
+from deploycc.passes._measured_bias import Moments, correct
 from deploycc.passes._onnx_torch import OnnxModule
 from deploycc.passes.learn_rounding import LearnRounding
 from deploycc.passes.quantize_static import QuantizeStatic
@@ -25,6 +27,14 @@ def bias_codes(artifact, node):
     (found,) = (item for item in artifact.model.graph if item.name == node)
     made = found.inputs[2].producer()
     return made.inputs[0].const_value.numpy(), made.inputs[1].const_value.numpy()
+
+
+def shrunk(errors, weights):
+    """Of arrays (calls, channels)."""
+    moments = Moments()
+    for call in zip(errors, weights, strict=True):
+        moments.add(*call)
+    return moments.shrunk()
 
 
 def positive(count=24):
@@ -107,6 +117,25 @@ def test_errors_count_by_the_slope_of_the_activation_behind(kind):
     if kind != "none":
         plain = np.rint(shrunk((y - found).sum((2, 3)), np.full(per_call[0].shape, 64.0)) / step)
         assert (new - old != plain).any()
+
+
+def test_what_a_slope_is_computed_from_goes_without_the_collector():
+    """A cycle would keep every call's activations until it comes, which takes gigabytes."""
+    artifact = residual()
+    net = OnnxModule(artifact.model)
+    feeds = positive(1)[0][None]
+    steps = dict(net.side_by_side([[torch.from_numpy(feeds)]]))
+    first, last = next(iter(steps)), net.outputs[0]
+    gc.collect()
+    gc.disable()
+    try:
+        leaf = steps[first][0].clone()
+        watched = weakref.ref(leaf)
+        assert torch.equal(net.between({first: leaf}, last), steps[last][0])
+        del leaf
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_is_that_of_some_calls_and_all_of_them_count(monkeypatch):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,16 +177,21 @@ def test_a_width_that_is_not_there_takes_further_sessions_of_the_same_length():
     assert len(narrow.openings) > 10
 
 
-def test_seconds_that_run_out_are_shared_by_the_sessions():
+def test_seconds_that_run_out_are_shared_by_the_sessions(monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+
+    def after(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
     def slow(first: int, count: int) -> np.ndarray:
-        time.sleep(0.01)
+        after(0.01)
         return np.full(count, 1000)
 
+    monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: now))
     stop = Stop(10.0, 10**6, max_seconds=0.3, sessions=5)
-    found = interleave({"a": slow}, {"a": 3}, WARM, stop, again=lambda: (time.sleep(0.2), ({"a": slow}, WARM))[1])["a"]
-    parts = [len(part) for part in found.by_session(np.zeros(found.rounds))]
-    assert len(parts) == 5
-    assert min(parts) >= 2  # opening is not timing
+    found = interleave({"a": slow}, {"a": 3}, WARM, stop, again=lambda: (after(0.2), ({"a": slow}, WARM))[1])["a"]
+    assert [len(part) for part in found.by_session(np.zeros(found.rounds))] == [6, 6, 6, 6, 6]  # opening is not timing
 
 
 def test_joules_are_those_of_a_candidates_own_blocks():
