@@ -182,6 +182,8 @@ def test_tolerances_follow_range_and_precision():
     ]
     assert tolerances(outputs, None) == {"y": pytest.approx(10 * 1e-4), "index": 0.0}
     assert tolerances(outputs, STATIC)["y"] == pytest.approx(8 * 10 / 255)
+    for method in ("dynamic", "pt2e-dynamic", "torch-dynamic"):
+        assert tolerances(outputs, replace(STATIC, method=method))["y"] == pytest.approx(16 * 10 / 255)
     assert tolerances(outputs, None, "bf16")["y"] == pytest.approx(8 * 10 / 255)
     assert tolerances(outputs, None, "f16")["y"] == pytest.approx(10 * 0.01)
     for precision in ("f32", "f16", "bf16"):
