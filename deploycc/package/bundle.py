@@ -4,7 +4,7 @@ Golden tolerance, per floating output, on the range r = max(outputs, 0) − min(
 by r · 10⁻⁴ (another CPU sums in another order; measured on EfficientNet-Lite0: 4·10⁻⁷), an int8 model by 8 steps of r / 255 (its
 roundings fall to the other side now and then; integer kernels against float emulation on Lite0: at most 4 steps). Where activations are
 quantized at run time the scales are the device's own too, and twice that may be off (MiniLM, x86 against emulated Cortex-A53: 4 steps in
-ONNX Runtime, 7 in XNNPACK, 11 in QNNPACK; the next float32 number for every weight moves it as much on one machine). What is computed in
+ONNX Runtime, 7 in XNNPACK, 13 in QNNPACK; the next float32 number for every weight moves it as much on one machine). What is computed in
 16 bits rounds after every operator, and elsewhere in another order: bfloat16, whose numbers have 8 bits too, may be off by as much as int8
 (AMX against AVX512_BF16 on ResNet-18: 0.7 steps), float16 with 11 bits by r · 1 %, an estimate. Whole-number outputs must be equal.
 """
