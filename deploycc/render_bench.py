@@ -57,14 +57,15 @@ def bench_table(result: BenchResult) -> Table:
 
 
 def _how(result: BenchResult) -> str:
-    """The scenario, unless it is the usual one."""
-    found = result.scenario
+    """How often each was opened, and the scenario unless it is the usual one."""
+    found, sessions = result.scenario, result.settings.sessions
+    opened = f", each opened {sessions} times" if sessions > 1 else ""
     if found.kind == "single-stream":
-        return ""
+        return opened
     streams = f", {found.streams} streams" if found.streams > 1 else ""
     rate = f", {found.qps:g} queries a second" if found.qps else ""
     bound = f", p{100 * found.percentile:g} within {found.latency_bound_ms:g} ms" if found.latency_bound_ms else ""
-    return f", {found.kind}{streams}{rate}{bound}"
+    return f", {found.kind}{streams}{rate}{bound}{opened}"
 
 
 def _served(item: Measurement) -> list[str]:

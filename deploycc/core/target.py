@@ -136,7 +136,7 @@ class Bench(_Table):
         default=None, gt=0, description="go on until every 95 % interval is so narrow: half of it over its value"
     )
     max_seconds: float | None = Field(default=None, gt=0, description="of timing altogether: then it stops with what it has")
-    sessions: int = Field(default=SESSIONS, ge=1, le=100, description="times every candidate is opened: two sessions of one model differ")
+    sessions: int = Field(default=SESSIONS, ge=1, description="times every candidate is opened: two sessions of one model differ")
 
 
 class Target(_Table):

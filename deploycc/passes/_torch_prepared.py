@@ -150,7 +150,7 @@ def finish(prepared: Prepared, artifact: Artifact, context: Context, *, method: 
     with using_engine(engine):
         model = _torch_ao.convert(prepared.graph)
     vars(model)["quantized_engine"] = engine  # the backend refuses another one
-    left = _left_float(model, prepared.example, prepared.in_float)
+    left = left_float(model, prepared.example, prepared.in_float, "PyTorch's FX quantization has no integer kernel for it")
     notes = [f"{len(recipes)} weighted operators for {engine}, ranges from {prepared.method} calibration"]
     notes += [f"left in float: {name}: {reason}" for name, reason in left]
     notes += [f"{name} keeps its output in float" for name, recipe in recipes.items() if recipe.dynamic]
@@ -275,11 +275,12 @@ def _channel_mean(x: torch.Tensor, *, last: bool) -> np.ndarray:
     return x.double().mean(rest).numpy() if rest else x.double().numpy()
 
 
-def _left_float(model: nn.Module, example: tuple[torch.Tensor, ...], in_float: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """(operator, reason) for every heavy operator of the converted model that computes in float."""
+def left_float(
+    model: nn.Module, example: tuple[torch.Tensor, ...], in_float: Mapping[str, str], otherwise: str
+) -> tuple[tuple[str, str], ...]:
+    """(operator, reason) for every heavy operator of the converted model that computes in float: `otherwise` where `in_float` has none."""
     from deploycc.forms._torch_macs import operator_macs
 
-    unsupported = "PyTorch's FX quantization has no integer kernel for it"
     operators = [item.where for item in operator_macs(model, example) or () if not item.integer]
     names = [where.removesuffix(".0") if where.removesuffix(".0") in in_float else where for where in operators]  # .0: fused with its ReLU
-    return tuple((name, in_float.get(name, unsupported)) for name in names)
+    return tuple((name, in_float.get(name, otherwise)) for name in names)

@@ -69,6 +69,7 @@ class QuantizeTorchDynamic(Pass):
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Raises NothingToDo where there is no linear layer; UnknownName for a layer to skip that is not there."""
+        from deploycc.forms.module import example_sizes, example_tensors
         from deploycc.passes import _torch_ao
         from deploycc.runtime.sessions.torchscript import using_engine
 
@@ -90,18 +91,10 @@ class QuantizeTorchDynamic(Pass):
                     made[id(layer)] = _torch_ao.dynamic_linear(layer, scales)
                 model.set_submodule(name, made[id(layer)])
         vars(model)["quantized_engine"] = engine  # the backend refuses another one
-        left = _left_float(model, artifact, self.skip)
+        example = example_tensors(artifact.signature, example_sizes(model, artifact.signature.inputs))
+        left = _torch_prepared.left_float(model, example, dict.fromkeys(self.skip, ASKED), "only linear layers have a dynamic kernel")
+        left = tuple(dict.fromkeys(left))  # attention multiplies several times in one module
         notes = [f"{len(chosen)} linear layers for {engine}, their activations quantized at run time"]
         notes += [f"left in float: {name}: {reason}" for name, reason in left]
         info = QuantInfo("torch-dynamic", "int8", "uint8", quant.per_channel, quant.reduce_range, calibration="none", left_float=left)
         return artifact.evolve(model, quant=info, notes=tuple(notes))
-
-
-def _left_float(model: nn.Module, artifact: Artifact, skip: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """(operator, reason) for every heavy operator that computes in float."""
-    from deploycc.forms._torch_macs import operator_macs
-    from deploycc.forms.module import example_sizes, example_tensors
-
-    example = example_tensors(artifact.signature, example_sizes(model, artifact.signature.inputs))
-    reason = "only linear layers have a dynamic kernel"
-    return tuple((item.where, ASKED if item.where in skip else reason) for item in operator_macs(model, example) or () if not item.integer)

@@ -25,7 +25,7 @@ def instability(samples: Samples, summary: Summary) -> tuple[str, ...]:
         found.append(f"the standard deviation is {summary.std / summary.mean:.0%} of the mean: the machine is busy or its clock changes")
     width = (summary.high - summary.low) / 2 / summary.p50
     if width > INTERVAL_LIMIT:
-        found.append(f"the median is only known to ±{width:.0%}: measure longer")
+        found.append(f"the median is only known to ±{width:.0%}: measure longer, in more sessions")
     half = len(samples.ns) // 2
     drift = float(np.median(samples.ns[half:]) / np.median(samples.ns[:half])) - 1
     if abs(drift) > DRIFT_LIMIT:

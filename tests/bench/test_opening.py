@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from deploycc import render_bench
 from deploycc.bench.harness import measure
 from deploycc.bench.opening import Candidate, Opening
 from deploycc.bench.scenario import Scenario
@@ -89,3 +90,10 @@ def test_where_queries_arrive_at_random_each_is_opened_once_and_the_result_says_
     found = measure(candidates(book, "a"), settings=settings, scenario=Scenario(kind="server", qps=200.0))
     assert settings.sessions > 1
     assert (found.settings.sessions, found.get("a").openings, book) == (1, (0,), ["+a", "-a"])
+
+
+@pytest.mark.parametrize(("sessions", "said"), [(1, False), (3, True)])
+def test_the_table_says_how_often_each_was_opened(sessions: int, said: bool):
+    settings = Bench(min_seconds=0.02, min_runs=10, sessions=sessions)
+    title = str(render_bench.bench_table(measure(candidates([], "a"), settings=settings)).title)
+    assert (", each opened 3 times" in title) is said

@@ -100,7 +100,7 @@ Answer bench(const Options& options) {
       options.input.empty() ? read_golden(opened.bundle).feeds : std::vector<Arrays>{read_input(opened.bundle, options.input)};
   const double seconds = options.seconds > 0 ? options.seconds : opened.bundle.bench("min_seconds", 2.0);
   const auto runs = options.runs ? static_cast<size_t>(options.runs) : static_cast<size_t>(std::clamp(opened.bundle.bench("min_runs", 30), 1.0, 20'000.0));
-  const auto sessions = options.sessions ? static_cast<size_t>(options.sessions) : static_cast<size_t>(std::clamp(opened.bundle.bench("sessions", 5), 1.0, 100.0));
+  const auto sessions = options.sessions ? static_cast<size_t>(options.sessions) : static_cast<size_t>(std::clamp(opened.bundle.bench("sessions", 5), 1.0, 20'000.0));
   const auto earlier = peak_rss_bytes();
   const auto before = reset_peak() ? rss_bytes() : std::nullopt;  // as the host's harness does, so that growth means the same
   const int64_t begin = now_ns();

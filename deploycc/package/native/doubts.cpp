@@ -78,7 +78,7 @@ std::vector<std::string> instability(const Samples& samples, const Summary& summ
                            100 * (summary.deviation / summary.mean)));
   }
   const double width = (summary.high - summary.low) / 2 / summary.p50;
-  if (width > interval_limit) found.push_back(format("the median is only known to ±%.0f%%: measure longer", 100 * width));
+  if (width > interval_limit) found.push_back(format("the median is only known to ±%.0f%%: measure longer, in more sessions", 100 * width));
   const auto half = samples.ns.begin() + static_cast<std::ptrdiff_t>(samples.ns.size() / 2);
   const double drift = median({half, samples.ns.end()}) / median({samples.ns.begin(), half}) - 1;
   if (std::fabs(drift) > drift_limit) {
