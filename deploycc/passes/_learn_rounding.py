@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploycc.passes._one_thread import one_thread
+
 if TYPE_CHECKING:
     import torch
 
@@ -69,8 +71,9 @@ class Learned:
     after: float
 
 
+@one_thread()
 def learn(layer: Layer, settings: Settings, codes: np.ndarray, seed: int) -> Learned:
-    """Learn one layer's roundings; `codes` are those to beat, and are kept where they are not."""
+    """Learn one layer's roundings, alike on any number of threads; `codes` are those to beat, and are kept where they are not."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

@@ -123,6 +123,21 @@ def test_the_same_seed_gives_the_same_bytes():
     assert first.digest() == second.digest()
 
 
+def test_the_same_bytes_whatever_number_of_threads():
+    torch, rng = pytest.importorskip("torch"), np.random.default_rng(0)
+    many = layer(rng.normal(size=(64, 576)), rng.normal(size=(2048, 576)), bias=np.zeros((1, 64), np.float32))
+    before, biases = torch.get_num_threads(), set[bytes]()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found = learn(many, Settings(steps=20, batch=256, lr=0.05, weight=20.0), np.rint(many.weight), 0)
+            assert torch.get_num_threads() == threads
+            biases.add(found.bias.tobytes())
+    finally:
+        torch.set_num_threads(before)
+    assert len(biases) == 1
+
+
 @pytest.mark.parametrize("option", ["steps", "batch", "rows", "lr", "weight"])
 def test_settings_that_cannot_work_are_refused(option):
     with pytest.raises(ValueError, match=f"{option} is 0: it must be"):
