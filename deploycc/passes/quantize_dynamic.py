@@ -33,12 +33,12 @@ from deploycc.core.contract import LOSSY, Context, Pass
 from deploycc.core.registry import suggest
 from deploycc.core.target import Target
 from deploycc.errors import NothingToDo, PreconditionError, UnknownName
+from deploycc.passes._dynamic_worth import refuse_convolutions
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 LEAST_OPSET = 11  # DynamicQuantizeLinear
-CONVOLUTION_SHARE = 0.5  # of the MACs: above it, what this pass can reach is not worth an int8 artifact
 STRONGER_OUTLIERS = 8
 REASONS = {
     "Conv": "convolutions need quantize-static",
@@ -106,12 +106,8 @@ class QuantizeDynamic(Pass):
             raise UnknownName(
                 f"skip: the graph has no operator '{missing[0]}'", fix=suggest(missing[0], names, listing="`deploycc inspect MODEL.onnx`")
             )
-        share = _convolution_share(artifact.model)
-        if share > CONVOLUTION_SHARE and not lstms:
-            raise PreconditionError(
-                f"{share:.0%} of the model's work is in convolutions, which dynamic quantization leaves in float",
-                fix="use quantize-static with --calibration DATA",
-            )
+        if not lstms:
+            refuse_convolutions(_convolution_share(artifact.model), "quantize-static")
         if self.outliers:
             context.data.part("calibration")  # raises DataNeeded before anything slow
 

@@ -18,14 +18,13 @@ from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import LOSSY, Context, Pass
 from deploycc.core.pipeline import Pipeline
 from deploycc.core.target import Target
-from deploycc.errors import NothingToDo, PreconditionError
+from deploycc.errors import NothingToDo
 from deploycc.passes import _pt2e_use
+from deploycc.passes._dynamic_worth import refuse_convolutions
 from deploycc.passes._exporters import quiet
 
 if TYPE_CHECKING:
     from torch import fx
-
-CONVOLUTION_SHARE = 0.5  # of the MACs: above it, what this pass can reach is not worth an int8 artifact
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,7 @@ class QuantizePt2eDynamic(Pass):
     def requires(self, artifact: Artifact, context: Context) -> None:
         """ExecuTorch, int8 activations and weights of full range, a float program with most work outside convolutions."""
         _pt2e_use.require(self.name, artifact, context)
-        share = _pt2e_use.convolution_share(artifact.model.graph)
-        if share > CONVOLUTION_SHARE:
-            raise PreconditionError(
-                f"{share:.0%} of the model's work is in convolutions, which dynamic quantization leaves in float",
-                fix="use quantize-pt2e with --calibration DATA",
-            )
+        refuse_convolutions(_pt2e_use.convolution_share(artifact.model.graph), "quantize-pt2e")
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Raises NothingToDo where there is no linear layer with a constant weight."""

@@ -18,14 +18,14 @@ from deploycc.core.artifact import Artifact, Form, QuantInfo
 from deploycc.core.contract import LOSSY, Context, Pass
 from deploycc.core.pipeline import Pipeline
 from deploycc.core.target import Target
-from deploycc.errors import NothingToDo, PreconditionError, UnknownName
+from deploycc.errors import NothingToDo, UnknownName
 from deploycc.passes import _torch_prepared
+from deploycc.passes._dynamic_worth import refuse_convolutions
 from deploycc.passes._rounding import quantized_weight
 
 if TYPE_CHECKING:
     from torch import nn
 
-CONVOLUTION_SHARE = 0.5  # of the MACs: above it, what this pass can reach is not worth an int8 artifact
 ASKED = "it was asked for (skip)"
 
 
@@ -60,12 +60,7 @@ class QuantizeTorchDynamic(Pass):
         work = operator_macs(artifact.model, example) or ()
         modules = dict(artifact.model.named_modules())
         convolutions = sum(item.macs for item in work if isinstance(modules.get(item.where), torch.nn.modules.conv._ConvNd))
-        share = convolutions / (sum(item.macs for item in work) or 1)
-        if share > CONVOLUTION_SHARE:
-            raise PreconditionError(
-                f"{share:.0%} of the model's work is in convolutions, which dynamic quantization leaves in float",
-                fix="use quantize-torch with --calibration DATA",
-            )
+        refuse_convolutions(convolutions / (sum(item.macs for item in work) or 1), "quantize-torch")
 
     def apply(self, artifact: Artifact, context: Context) -> Artifact:
         """Raises NothingToDo where there is no linear layer; UnknownName for a layer to skip that is not there."""
