@@ -5,8 +5,9 @@
 Ours is the bundle that `--target x86` keeps, its gates open, so that networks with random weights run too. Beside it: eager PyTorch,
 torch.compile, torch FX int8 (onednn), ONNX Runtime in float and with its own quantizer at its best, OpenVINO in float32 and bfloat16, and
 NNCF's int8 on OpenVINO, as it comes and for transformers. One run on one thread, and one on all. Every row answers the same samples;
-agreement (of vectors: cosine) and SQNR are those with the float graph in ONNX Runtime. FOLDER and the other options are those of
-quantizers.py, whose peers these are.
+agreement (of vectors: cosine) and SQNR are those with the float graph in ONNX Runtime. A network with random weights, which knows no up and
+no left, answers four views of every photo: how often 165 agree is too much chance. FOLDER and the other options are those of quantizers.py,
+whose peers these are.
 
 The bar: at most 1.03 × the time of the fastest peer, at an agreement not below that peer's. Exit status 1 when it is not met,
 or a model was skipped.
@@ -24,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _quantizers_cases import Case, Given, open_target, options_of, prepare
 from _quantizers_made import OURS, PEER, Made, answers, judge
 from _quantizers_ours import float_row
@@ -66,6 +68,15 @@ def ours(case: Case, photos: Photos, folder: Path, threads: int) -> tuple[Made, 
     size = sum((loaded.folder / name).stat().st_size for name in result.best.shipped.built.files)
     told += [f"{who}: {brief(why)}" for who, why in result.refused]
     return Made(f"--target {FAMILY} ({result.best.plan.target.name})", OURS, "", lambda: bundles.open_session(loaded, threads), size), told
+
+
+def turned(case: Case, views: int) -> Case:
+    """With the first `views` of: each photo, mirrored, upside down, both."""
+    steps = [(1, 1), (1, -1), (-1, 1), (-1, -1)][:views]
+    judging = [
+        {name: np.ascontiguousarray(array[..., ::y, ::x]) for name, array in feeds.items()} for feeds in case.judging for y, x in steps
+    ]
+    return replace(case, judging=tuple(judging), labels=(None,) * len(judging))
 
 
 def peers(case: Case, folder: Path, python: Path | None, threads: int) -> list[Made]:
@@ -144,7 +155,8 @@ def markdown(document: dict[str, Any]) -> str:
             lines += [f"Skipped: {found['skipped']}", ""]
             continue
         note = "trained weights" if found["real"] else "random weights, batch normalization of photos: agreement means little"
-        lines += [found["about"], "", f"{note}. Chosen from: {'; '.join(found['field'])}.", ""]
+        judged = f"{found['judged']} samples judge. " if "judged" in found else ""
+        lines += [found["about"], "", f"{note}. {judged}Chosen from: {'; '.join(found['field'])}.", ""]
         lines += [f"{'PASS' if found['bar']['met'] else 'FAIL'}: {found['bar']['text']}", "", _table(found["rows"]), ""]
     return "\n".join(lines)
 
@@ -177,6 +189,7 @@ def main() -> int:
     parser.add_argument("--assets", type=Path, metavar="FOLDER", help="as in quantizers.py")
     parser.add_argument("--threads", nargs="+", type=int, metavar="N", default=[1, available_cores()], help="a run for each")
     parser.add_argument("--judge", type=int, default=500, metavar="N", help="as in quantizers.py")
+    parser.add_argument("--views", type=int, choices=(1, 2, 4), default=4, help="of every photo, for networks with random weights")
     options = parser.parse_args()
     if options.weights:
         sys.path.append(str(options.weights))
@@ -190,11 +203,14 @@ def main() -> int:
             name = given.name if threads == 1 else f"{given.name}, {threads} threads"
             try:
                 case = prepare(_ready(given, options, photos), photos, options.folder / given.name, options.judge)
+                if not given.real:
+                    case = turned(case, options.views)
                 best, field = ours(case, photos, options.folder / given.name, threads)
                 rows = [*peers(case, options.folder / given.name / "peers", options.peers_python, threads), best]
                 judged, bench = compare(case, rows, Bench(threads=threads, min_seconds=2.0, min_runs=40))
                 bench.save(folder / f"{NAME}.{slug(name)}.bench.json")
-                found = {"real": given.real, "field": field, "rows": judged, "bar": bar(judged), "about": about(capture(threads))}
+                found = {"real": given.real, "judged": len(case.judging), "field": field, "rows": judged, "bar": bar(judged)}
+                found["about"] = about(capture(threads))
                 met &= found["bar"]["met"]
                 print(f"{'PASS' if found['bar']['met'] else 'FAIL'}  {name}: {found['bar']['text']}")
             except DeployError as error:

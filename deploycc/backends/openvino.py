@@ -1,8 +1,8 @@
 """OpenVINO on x86 CPUs: the ONNX graph, Q/DQ included, as OpenVINO IR (model.xml, model.bin).
 
 The runtime fuses Q/DQ, Conv and its activation into one kernel when it loads the file. Float operators are computed in the target's
-`[runtime] precision`; with bf16 or f16, weights are stored in 16 bits. The file is written without OpenVINO's model converter, which
-reports to Intel that it was used; the same transformations are applied.
+`[runtime] precision`; with bf16 or f16, weights are stored in 16 bits where there is no Q/DQ. The file is written without OpenVINO's model
+converter, which reports to Intel that it was used; the same transformations are applied.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class OpenVino:
         """Write model.xml and model.bin, and read from the compiled model which precision computes what."""
         import openvino as ov
 
-        half, path = target.runtime.precision != "f32", folder / FILES[0]
+        path, precision = folder / FILES[0], target.runtime.precision
+        half = precision != "f32" and artifact.quant is None  # scales, products of two for an int32 bias, are no float16
         ov.save_model(_converted(artifact), str(path), compress_to_fp16=half)
         installed = version("openvino")
         return Built(
@@ -67,12 +68,12 @@ class OpenVino:
                 "package": "openvino",
                 "version": installed,
                 "minimum": target.runtime.minimum or OLDEST,
-                "precision": target.runtime.precision,
+                "precision": precision,
                 "hint": target.runtime.hint,
             },
             signature=artifact.signature,
-            coverage=graph.coverage(path, target.runtime.precision, artifact.quant),
-            notes=(f"float operators are computed in {target.runtime.precision}, their weights stored in float16",) if half else (),
+            coverage=graph.coverage(path, precision, artifact.quant),
+            notes=_sixteen_bits(precision, stored=half),
         )
 
     def open(self, built: Built, target: Target, *, threads: int) -> Session:
@@ -101,6 +102,12 @@ class OpenVino:
     ) -> list[OperatorTime]:
         """The same, with shapes and precision."""
         return profiler.operators(model, runtime.get("precision", "f32"), threads, feeds, runs)
+
+
+def _sixteen_bits(precision: str, *, stored: bool) -> tuple[str, ...]:
+    """What is said of a 16-bit precision."""
+    told = f"float operators are computed in {precision}" + (", their weights stored in float16" if stored else "")
+    return () if precision == "f32" else (told,)
 
 
 def _converted(artifact: Artifact) -> Any:

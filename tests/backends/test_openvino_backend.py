@@ -173,6 +173,19 @@ def test_bf16_is_computed_in_bf16_and_stored_in_half(tmp_path):
     assert built.runtime["precision"] == "bf16"
 
 
+@needs_bf16
+@needs_vnni
+def test_beside_bf16_integers_and_scales_are_stored_as_they_are(tmp_path):
+    artifact, target = quantized(skip=("conv2",)), load("x86-openvino-int8-bf16")
+    plain = backend.OpenVino().build(artifact, INT8, folder_in(tmp_path, "f32")).folder
+    built = backend.OpenVino().build(artifact, target, folder_in(tmp_path, "bf16"))
+    assert (built.folder / "model.bin").read_bytes() == (plain / "model.bin").read_bytes()
+    found = openvino_graph.kernels(built.folder / "model.xml", "bf16")
+    assert [kernel.precision for kernel in found if kernel.macs] == ["int8", "bf16", "int8"]
+    assert built.notes == ("float operators are computed in bf16",)
+    assert [reason for _, reason in built.coverage.float_operators] == ["left out by skip="]
+
+
 def test_every_refusal_names_the_rule(monkeypatch):
     artifact, constraints = residual(), backend.OpenVino().constraints()
     enforce(constraints, artifact, INT8)
