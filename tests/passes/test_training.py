@@ -2,102 +2,26 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from training_rows import QUICK, Rows, artifact, context, net, top1
 
-from deploycc.core import target
-from deploycc.core.artifact import Artifact, Form
-from deploycc.core.contract import Context, Dataset, Sample
+from deploycc.core.contract import Dataset
 from deploycc.core.data import Data
-from deploycc.errors import DataError, DataNeeded, MissingDependency, PreconditionError, SourceError, TrainingError
-from deploycc.forms.module import ModuleForm, capture_signature
+from deploycc.errors import DataError, DataNeeded, MissingDependency, PreconditionError, TrainingError
+from deploycc.forms.module import ModuleForm
 from deploycc.passes import _train
-from deploycc.passes._distilling import distil, recover
-from deploycc.passes._feeder import Feeder, shift_and_flip
-from deploycc.passes._losses import distillation, label_loss, regression
+from deploycc.passes._feeder import Feeder
+from deploycc.passes._losses import label_loss, regression
 from deploycc.passes._train import fit
 from deploycc.passes._training_pass import TrainingOptions
 from deploycc.passes.distill import Distill
 from deploycc.passes.finetune import Finetune, find_head, with_head
-from deploycc.runtime.signature import TensorSpec
-from deploycc.runtime.transform import Transform
-
-
-class Rows:
-    """Points of a plane, class by the sign of x and of y; labels may be left out."""
-
-    def __init__(self, count=256, seed=0, *, labelled=True, label=None):
-        self.x = np.random.default_rng(seed).normal(size=(count, 2)).astype(np.float32)
-        self.labelled, self.fixed = labelled, label
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, index):
-        return Sample({"x": self.x[index]}, self.label(index), f"row {index}")
-
-    def label(self, index):
-        if not self.labelled:
-            return None
-        return self.fixed if self.fixed is not None else (int(self.x[index, 0] > 0) + 2 * int(self.x[index, 1] > 0),)
-
-    def digest(self, index):
-        return f"{self.x[index].tobytes().hex()}{self.label(index)}"
-
-
-def net(width=16, classes=4, seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(2, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, classes))
-
-
-def artifact(module=None, source="net"):
-    module = (module or net()).eval()
-    return Artifact(Form.MODULE, module, capture_signature(module, (TensorSpec("x", "float32", (1, 2)),)), source, edits=())
-
-
-def context(reference=None, rows=None, **fields):
-    made = target.Target.model_validate(
-        {"name": "t", "title": "t", "backend": "onnxruntime", "arch": "any", "pipeline": "", "quant": {"reduce_range": True}}
-    )
-    rows = rows or Rows()
-    data = Data(Dataset("d", {"train": rows, "val": Rows(64, 1, labelled=rows.labelled)}))
-    return replace(Context(made, reference or artifact(), data, 0, Path()), **fields)
-
-
-def top1(made):
-    rows = Rows(400, 7)
-    with torch.no_grad():
-        best = made.model(torch.from_numpy(rows.x)).argmax(1)
-    return float(np.mean([int(best[i]) in rows.label(i) for i in range(len(rows))]))
-
-
-QUICK = {"epochs": 6, "batch": 32, "lr": 0.1}
-
 
 # --- losses
-
-
-def test_the_distillation_loss_is_the_hand_computed_one_in_its_direction():
-    student, teacher, t = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(9.0) * 2, 0.0]]), 2.0
-    p, q = (0.9, 0.1), (0.5, 0.5)  # softmax(logits / 2) of the teacher and of the student
-    forward = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    backward = sum(b * math.log(b / a) for a, b in zip(p, q, strict=True))
-    assert distillation(student, teacher, t).item() == pytest.approx(4 * forward, rel=1e-5)
-    assert abs(4 * forward - 4 * backward) > 0.1  # the other direction would be seen
-
-
-def test_the_distillation_loss_is_a_mean_over_the_batch_and_lets_no_gradient_into_the_teacher():
-    student, teacher = torch.randn(1, 5, requires_grad=True), torch.randn(1, 5, requires_grad=True)
-    one = distillation(student, teacher, 3.0)
-    two = distillation(student.repeat(4, 1), teacher.repeat(4, 1), 3.0)
-    assert two.item() == pytest.approx(one.item(), rel=1e-5)
-    one.backward()
-    assert teacher.grad is None
-    assert student.grad is not None
 
 
 def test_label_losses_are_the_formulas():
@@ -409,100 +333,6 @@ def test_a_precision_that_the_device_lacks_and_a_batch_that_does_not_divide():
         Feeder(made, context(made), options).steps(2)
 
 
-# --- distillation
-
-
-def teacher():
-    return Finetune(epochs=12, batch=32, lr=0.1)(artifact(net(32)), context())
-
-
-def test_a_student_learns_from_the_teacher_without_labels():
-    guide = teacher()
-    student = artifact(net(8, seed=3))
-    after = Distill(**QUICK)(student, context(guide, Rows(labelled=False)))
-    assert top1(after) > 0.85 > top1(student)
-    assert after.details["curves"][-1]["name"] == "agreement"
-    assert after.details["teacher"] == "net"
-
-
-def test_mixed_precision_compares_outputs_in_float():
-    guide = teacher()
-    after = Distill(**QUICK, precision="bf16")(artifact(net(8, seed=3)), context(guide))
-    assert top1(after) > 0.85
-
-
-def test_another_student_and_teacher_by_name():
-    guide, small = teacher(), artifact(net(4, seed=5), "small")
-    known = {"small": small, "guide": guide}
-    after = Distill(**QUICK, student="small", teacher="guide")(artifact(), context(capture=known.__getitem__))
-    assert after.source == "small"
-    assert after.model[0].out_features == 4
-    assert top1(after) > 0.8
-    with pytest.raises(PreconditionError, match="cannot be captured here"):
-        Distill(**QUICK, student="small")(artifact(), context())
-
-
-def test_features_and_attention_add_to_the_loss_and_their_maps_do_not_stay():
-    guide, student = teacher(), artifact(net(8, seed=3))
-    plain = Distill(**QUICK)(student, context(guide))
-    after = Distill(**QUICK, features=("0:0",))(student, context(guide))
-    assert list(after.model.state_dict()) == list(student.model.state_dict())
-    assert after.details["curves"][0]["loss"] > plain.details["curves"][0]["loss"]
-    assert top1(after) > 0.85
-    with pytest.raises(PreconditionError, match="the student has no layer 'stem'"):
-        Distill(**QUICK, features=("stem:0",))(student, context(guide))
-    with pytest.raises(PreconditionError, match="attention=0:0: one gives"):
-        Distill(**QUICK, attention=("0",))(student, context(guide))
-
-
-def conv_artifact(width, stride=1):
-    torch.manual_seed(width)
-    module = nn.Sequential(
-        nn.Unflatten(1, (1, 1, 2)), nn.Conv2d(1, width, 1, stride), nn.Tanh(), nn.Flatten(), nn.Linear(width * 2 // stride, 4)
-    )
-    return artifact(module)
-
-
-def test_attention_maps_are_drawn_to_the_teachers():
-    from deploycc.passes._distilling import _attention
-
-    x = torch.tensor([[[[3.0, 0.0]], [[4.0, 0.0]], [[0.0, 5.0]]]])  # mean squares (25/3, 25/3)
-    assert _attention(x)[0].tolist() == pytest.approx([0.5**0.5, 0.5**0.5])
-    guide, student = conv_artifact(8), conv_artifact(4)
-
-    def distance(made):
-        feeds = torch.from_numpy(Rows(64, 5).x)
-        with torch.no_grad():
-            return (_attention(made.model[:3](feeds)) - _attention(guide.model[:3](feeds))).square().sum(1).mean().item()
-
-    after = Distill(**QUICK, attention=("2",), attention_weight=20.0)(student, context(guide))
-    assert distance(after) < 0.5 * distance(student)
-    with pytest.raises(PreconditionError, match="features=2:4: one gives"):
-        Distill(**QUICK, features=("2:4",))(student, context(guide))
-
-
-def test_a_teacher_with_other_classes_or_of_another_form_is_refused():
-    with pytest.raises(PreconditionError, match=r"gives \[1, 3\], the student net \[1, 4\]"):
-        Distill(**QUICK)(artifact(), context(artifact(net(classes=3))))
-    graph = replace(artifact(), form=Form.ONNX)
-    with pytest.raises(PreconditionError, match="ONNX graph, which cannot teach"):
-        Distill(**QUICK)(artifact(), context(graph))
-    with pytest.raises(PreconditionError, match="ONNX graph, which cannot teach"):
-        distil(artifact(), graph, TrainingOptions(), context(), what="t")
-
-
-def test_recovery_is_a_short_distillation():
-    guide = teacher()
-    hurt = net(32)
-    hurt.load_state_dict(guide.model.state_dict())
-    with torch.no_grad():
-        hurt[3].weight.mul_(torch.rand_like(hurt[3].weight))
-    before = artifact(hurt)
-    after = recover(before, context(guide), step=1, epochs=3)
-    assert top1(after) > top1(before)
-    assert after.edits == ()
-
-
 # --- resuming
 
 
@@ -530,99 +360,3 @@ def test_a_training_killed_in_any_epoch_ends_with_the_same_weights(tmp_path, mon
         assert started == list(range(killed, 6))
         assert ModuleForm().digest(resumed.model) == ModuleForm().digest(whole.model)
         assert resumed.details == whole.details
-
-
-# --- samples
-
-
-def test_every_process_gets_its_share_of_the_same_batches():
-    made, options = artifact(), TrainingOptions(batch=32)
-    feeder = Feeder(made, context(made), options)
-    whole = [batch.inputs[0] for batch in feeder.epoch(3)]
-    shares = [[batch.inputs[0] for batch in feeder.epoch(3, rank, 2)] for rank in (0, 1)]
-    assert len(whole) == feeder.steps(2) == len(feeder.train) // 32
-    for batch, first, second in zip(whole, *shares, strict=True):
-        assert torch.equal(batch, torch.cat([first, second]))
-    assert not torch.equal(whole[0], next(iter(feeder.epoch(4))).inputs[0])
-
-
-def test_held_out_samples_are_not_trained_on():
-    made, options = artifact(), TrainingOptions(batch=16, holdout=0.25)
-    feeder = Feeder(made, context(made), options)
-    assert (len(feeder.train), len(feeder.held)) == (192, 64)
-    assert not set(feeder.train.indices) & set(feeder.held.indices)
-    assert sum(len(batch.inputs[0]) for batch in feeder.held_out()) == 64
-
-
-class Rngs:
-    """Stands for random.Random: gives what it was told."""
-
-    def __init__(self, down, right, mirrored):
-        self.draws, self.mirrored = iter([down, right]), mirrored
-
-    def randint(self, low, high):
-        return next(self.draws)
-
-    def random(self):
-        return 0.0 if self.mirrored else 1.0
-
-
-def test_a_shift_and_a_mirror_move_pixels_where_they_should():
-    x = torch.arange(2 * 64.0).reshape(2, 1, 8, 8)
-    same = shift_and_flip(x, [Rngs(1, 1, False), Rngs(1, 1, True)], shift=True, flip=True, channels_last=False)
-    assert torch.equal(same[0], x[0])
-    assert torch.equal(same[1], x[1].flip(-1))
-    moved = shift_and_flip(x, [Rngs(2, 1, False), Rngs(1, 0, False)], shift=True, flip=True, channels_last=False)
-    assert torch.equal(moved[0, 0, :7], x[0, 0, 1:])
-    assert torch.equal(moved[1, 0, :, 1:], x[1, 0, :, :7])
-    last = shift_and_flip(x.movedim(1, -1), [Rngs(1, 1, True)] * 1 + [Rngs(1, 1, True)], shift=True, flip=True, channels_last=True)
-    assert torch.equal(last.movedim(-1, 1), x.flip(-1))
-
-
-def test_augmentation_needs_pictures():
-    with pytest.raises(PreconditionError, match="augment=flip needs pictures"):
-        Finetune(**QUICK, augment="flip")(artifact(), context())
-
-
-class Pictures(Rows):
-    """A bright left half in class 0, a bright right half in class 1, 40×40."""
-
-    def __getitem__(self, index):
-        image = np.zeros((40, 40), np.uint8)
-        image[:, :20] = 255
-        return Sample(image, (0,), f"picture {index}")
-
-    def label(self, index):
-        return (0,)
-
-
-def test_large_pictures_are_cropped_and_mirrored_through_the_declared_transform():
-    module = nn.Sequential(nn.Flatten(), nn.Linear(400, 2)).eval()
-    transform = Transform(resize=24, crop=(20, 20), color="L", mean=(0.5,), std=(0.5,))
-    made = Artifact(Form.MODULE, module, capture_signature(module, (TensorSpec("x", "float32", (1, 1, 20, 20)),)), "p", transform=transform)
-    ready = context(made, Pictures(64))
-    batch = next(iter(Feeder(made, ready, TrainingOptions(batch=32, augment="standard")).epoch(0)))
-    assert batch.inputs[0].shape == (32, 1, 20, 20)
-    assert batch.inputs[0].min() == -1.0
-    assert batch.inputs[0].max() == 1.0
-    left = batch.inputs[0][:, 0, :, 0].mean(1)
-    assert 0 < int((left < 0).sum()) < 32  # some are mirrored
-    edges = {int((row > 0).sum()) for row in batch.inputs[0][:, 0, 10]}
-    assert len(edges) > 2  # and they are different parts
-    again = next(iter(Feeder(made, ready, TrainingOptions(batch=32, augment="standard")).epoch(0)))
-    assert torch.equal(batch.inputs[0], again.inputs[0])
-
-
-def test_a_model_without_a_batch_axis_is_refused():
-    made = artifact()
-    scalar = replace(made, signature=replace(made.signature, inputs=(TensorSpec("x", "float32", ()),)))
-    with pytest.raises(PreconditionError, match="no batch axis"):
-        Feeder(scalar, context(), TrainingOptions())
-
-
-def test_a_model_that_cannot_be_had_is_the_sources_error():
-    def missing(text):
-        raise SourceError(f"there is no {text}", fix="correct it")
-
-    with pytest.raises(SourceError, match="there is no small"):
-        Distill(**QUICK, student="small")(artifact(), context(capture=missing))
