@@ -16,8 +16,10 @@ from deploycc.core.contract import Availability
 from deploycc.core.store import file_digest
 from deploycc.remote.process import Ran
 from deploycc.remote.transport import Address, Transport, plain_folder
+from deploycc.remote.work import Failure
 from deploycc.runtime.bundle import document_digest
 
+PUSHES = "exec 3<&0"  # in scripts.PUSH alone
 ABOUT = {"cpu": "a shell", "arch": "x86_64", "threads": 1, "runtime": "shell 1.0", "notices": []}
 TAKEN = {
     "samples_ns": [1000 + index for index in range(20)],
@@ -31,6 +33,21 @@ ANSWERS = {
     "selftest": {**ABOUT, "ok": True, "samples": 3, "max_abs": {"logits": 0.0}, "atol": {"logits": 0.1}, "unlisted": []},
     "bench": {**ABOUT, "open_ms": 1.0, "first_ms": 2.0, "measurement": {**TAKEN, "inputs": {"image": ["float32", [1, 3, 8, 8]]}}},
 }
+
+
+def home(address: str) -> Path:
+    """The device's folder."""
+    return Path("/" + address.removeprefix("local://").partition("/")[2])
+
+
+def left(address: str) -> list[str]:
+    """What is on the device."""
+    return sorted(str(path.relative_to(home(address))) for path in home(address).rglob("*"))
+
+
+def failure(found, index=0) -> Failure:
+    assert isinstance(found.outcomes[index], Failure), found.outcomes[index]
+    return found.outcomes[index]
 
 
 def with_program(folder: Path, text: str) -> Path:
