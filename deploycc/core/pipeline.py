@@ -51,11 +51,14 @@ class Pipeline:
     def edit(self, text: str, form: Form) -> Pipeline:
         """Replace by, or apply edits: `+pass{…}` inserts, `-pass` removes; anything else is a whole new pipeline.
 
-        An inserted pass goes as late as the forms allow; a pass that is not lossy goes before the first lossy one.
+        An inserted pass goes as late as the forms allow; a pass that is not lossy goes before the first lossy one. In a whole pipeline,
+        passes that this one has, option for option, count as its own and not as asked for: they may find nothing to do. What only eases
+        rounding is asked for: nothing may round here.
         """
         items = [(sign, spec) for sign, spec in _edits(text)]
         if not items:
-            return Pipeline.parse(text, asked=True)
+            own = [step.body for step in self.steps if not step.body.eases_rounding]
+            return Pipeline(tuple(Step(body, asked=body not in own) for body in map(_make, parse_specs(text))))
         result = self
         for sign, spec in items:
             result = result._remove(spec) if sign == "-" else result._insert(Step(_make(spec), asked=True), form)

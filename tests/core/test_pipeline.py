@@ -191,6 +191,14 @@ def test_edits_remove_and_replace():
     assert str(Pipeline.parse(TEXT).edit("export-onnx", Form.MODULE)) == "export-onnx"
 
 
+def test_in_a_whole_pipeline_the_targets_own_passes_are_not_asked_for():
+    whole = "fold-constants, equalize-layers, quantize-static{calibration=mse}"
+    written = Pipeline.parse(EASED).edit(whole, Form.ONNX)
+    assert str(written) == whole
+    assert [step.asked for step in written.steps] == [False, True, True]
+    assert str(Pipeline.parse(TEXT).edit(TEXT, Form.MODULE).trimmed(Form.ONNX)) == str(Pipeline.parse(TEXT).trimmed(Form.ONNX))
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
