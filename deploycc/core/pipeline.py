@@ -24,10 +24,16 @@ from deploycc.runtime.audio import declared
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A pass in a pipeline; `asked` when the user named it, so that doing nothing is an error and not a note."""
+    """A pass in a pipeline.
+
+    Attributes:
+        asked: the user named it: it is never left out, and finding nothing to do is an error.
+        own: the target's pipeline has it as well, so that finding nothing to do is a note all the same.
+    """
 
     body: Pass
     asked: bool = False
+    own: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +58,12 @@ class Pipeline:
         """Replace by, or apply edits: `+pass{…}` inserts, `-pass` removes; anything else is a whole new pipeline.
 
         An inserted pass goes as late as the forms allow; a pass that is not lossy goes before the first lossy one. In a whole pipeline,
-        passes that this one has, option for option, count as its own and not as asked for: they may find nothing to do. What only eases
-        rounding is asked for: nothing may round here.
+        passes that this one has, option for option, may find nothing to do, as they may here.
         """
         items = [(sign, spec) for sign, spec in _edits(text)]
         if not items:
-            own = [step.body for step in self.steps if not step.body.eases_rounding]
-            return Pipeline(tuple(Step(body, asked=body not in own) for body in map(_make, parse_specs(text))))
+            own = [step.body for step in self.steps]
+            return Pipeline(tuple(Step(body, asked=True, own=body in own) for body in map(_make, parse_specs(text))))
         result = self
         for sign, spec in items:
             result = result._remove(spec) if sign == "-" else result._insert(Step(_make(spec), asked=True), form)
@@ -221,7 +226,7 @@ def _run_step(step: Step, artifact: Artifact, context: Context, observers: Seque
         try:
             after = body(artifact, context)
         except NothingToDo as nothing:
-            if step.asked:
+            if step.asked and not step.own:
                 raise
             after, changed, notes = artifact, False, (nothing.what,)
     if changed:

@@ -53,6 +53,7 @@ def run(
         DeviceTimeout: over the time; the process is gone.
         Interrupted: `cancel` was set; the process is gone.
     """
+    start = stdin.tell() if stdin else 0  # the process may have read all of it by the time it is looked at
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
             argv,
@@ -63,7 +64,7 @@ def run(
             start_new_session=True,  # Ctrl-C is for this program, which then cleans up on the device
         )
         try:
-            _wait(process, timeout, stall, stdin, sent, cancel)
+            _wait(process, timeout, stall, stdin, start, sent, cancel)
         finally:
             process.kill()
             process.wait()
@@ -75,11 +76,11 @@ def _wait(
     timeout: float,
     stall: float | None,
     stdin: BinaryIO | None,
+    position: int,
     sent: Callable[[int], None] | None,
     cancel: threading.Event | None,
 ) -> None:
     moved = time.monotonic()
-    position = stdin.tell() if stdin else 0
     end = os.fstat(stdin.fileno()).st_size if stdin else 0
     pause = POLL_SECONDS
     while True:

@@ -191,12 +191,11 @@ def test_edits_remove_and_replace():
     assert str(Pipeline.parse(TEXT).edit("export-onnx", Form.MODULE)) == "export-onnx"
 
 
-def test_in_a_whole_pipeline_the_targets_own_passes_are_not_asked_for():
+def test_in_a_whole_pipeline_the_targets_own_passes_are_told_from_others():
     whole = "fold-constants, equalize-layers, quantize-static{calibration=mse}"
     written = Pipeline.parse(EASED).edit(whole, Form.ONNX)
     assert str(written) == whole
-    assert [step.asked for step in written.steps] == [False, True, True]
-    assert str(Pipeline.parse(TEXT).edit(TEXT, Form.MODULE).trimmed(Form.ONNX)) == str(Pipeline.parse(TEXT).trimmed(Form.ONNX))
+    assert [(step.asked, step.own) for step in written.steps] == [(True, True), (True, True), (True, False)]
 
 
 @pytest.mark.parametrize(
@@ -220,8 +219,8 @@ def test_lossless_leaves_the_lossy_out():
 # --- running
 
 
-def run(*passes, context, observers=(), store=None, asked=False, stop_after=None):
-    pipeline = Pipeline(tuple(Step(body, asked) for body in passes))
+def run(*passes, context, observers=(), store=None, asked=False, own=False, stop_after=None):
+    pipeline = Pipeline(tuple(Step(body, asked, own) for body in passes))
     return pipeline.run(context.reference, context, observers, store, stop_after)
 
 
@@ -239,6 +238,7 @@ def test_a_pass_with_nothing_to_do_is_a_note_unless_the_user_asked_for_it(contex
     assert (after.history[0].changed, after.history[0].notes) == (False, ("there is nothing here",))
     with pytest.raises(NothingToDo, match="there is nothing here"):
         run(Idle(), context=context, asked=True)
+    assert run(Idle(), context=context, asked=True, own=True).history[0].notes == ("there is nothing here",)
 
 
 def test_an_error_names_its_pass_and_the_ones_before(context):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 
@@ -22,6 +23,20 @@ def test_a_process_gives_status_and_texts_and_reads_the_rest_of_a_file(tmp_path)
     assert ran == Ran(7, "456789", "bad\n")
     assert seen == sorted(seen)
     assert seen[-1] == 10
+
+
+def test_what_a_process_read_before_it_was_looked_at_is_told(tmp_path, monkeypatch):
+    class Quick(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.wait()
+
+    monkeypatch.setattr(process.subprocess, "Popen", Quick)
+    (tmp_path / "data").write_bytes(b"0123456789")
+    seen: list[int] = []
+    with (tmp_path / "data").open("rb") as file:
+        process.run(["cat"], timeout=20, stdin=file, sent=seen.append)
+    assert seen == [10]
 
 
 def test_a_process_over_its_time_is_ended(tmp_path):
