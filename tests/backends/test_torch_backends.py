@@ -240,6 +240,21 @@ def test_a_branch_on_a_value_is_found_out(cls, tmp_path):
 
 
 @pytest.mark.parametrize("cls", BACKENDS)
+def test_what_the_model_amplifies_is_no_branch(cls, tmp_path, monkeypatch):
+    """Two ways to round the same sum, 1e4 times as far apart behind it as one rounding."""
+
+    class Amplified(nn.Module):
+        def forward(self, x):
+            total = x.double().mean(1) if torch.jit.is_tracing() else x.mean(1).double()
+            return torch.sin(1e4 * total).float()
+
+    cls().build(artifact(Amplified()), target(cls.name), tmp_path)
+    monkeypatch.setattr(_torchscript, "allowance", lambda tolerance, *others: tolerance)
+    with pytest.raises(UnsupportedError, match="differs from the model's"):
+        cls().build(artifact(Amplified()), target(cls.name), tmp_path)
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
 def test_a_check_of_a_shape_is_no_branch_and_nan_is_no_difference(cls, tmp_path):
     class Checked(nn.Module):
         def forward(self, x):
