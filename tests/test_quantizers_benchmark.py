@@ -358,6 +358,18 @@ def test_the_bar_of_the_family(script, ours, peers, met):
     assert "Skipped: why" in text
 
 
+def test_four_views_of_each_photo_without_labels(script):
+    page, pixels = script("x86"), np.arange(4.0).reshape(1, 1, 2, 2)
+    case = page.Case(None, None, None, None, None, None, (), ({"x": pixels}, {"x": pixels + 4}), ((1,), (2,)))
+    seen = page.turned(case, 4)
+    orders = [[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]]
+    assert [feeds["x"].ravel().tolist() for feeds in seen.judging] == [*orders, *([value + 4 for value in order] for order in orders)]
+    assert seen.labels == (None,) * 8
+    assert [feeds["x"].ravel().tolist() for feeds in page.turned(case, 1).judging] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    found = {"real": False, "judged": 8, "field": [], "rows": [], "bar": {"met": True, "text": ""}, "about": "here"}
+    assert "8 samples judge." in page.markdown({"models": {"net": found}})
+
+
 def test_random_networks_have_the_biases_of_a_trained_one(script, tmp_path):
     from PIL import Image
 

@@ -73,7 +73,7 @@ class OpenVino:
             },
             signature=artifact.signature,
             coverage=graph.coverage(path, precision, artifact.quant),
-            notes=_sixteen_bits(precision, stored=half),
+            notes=_precision_notes(precision, stored=half),
         )
 
     def open(self, built: Built, target: Target, *, threads: int) -> Session:
@@ -104,7 +104,7 @@ class OpenVino:
         return profiler.operators(model, runtime.get("precision", "f32"), threads, feeds, runs)
 
 
-def _sixteen_bits(precision: str, *, stored: bool) -> tuple[str, ...]:
+def _precision_notes(precision: str, *, stored: bool) -> tuple[str, ...]:
     """What is said of a 16-bit precision."""
     told = f"float operators are computed in {precision}" + (", their weights stored in float16" if stored else "")
     return () if precision == "f32" else (told,)
