@@ -30,7 +30,7 @@ from deploycc.planning import Options, command_line
 from deploycc.runtime import bundle as bundles
 from deploycc.runtime.machine import cpu_flags
 
-TIED = 0.97  # of the fastest's speed: nothing a user would notice
+TIED = 0.98  # of the fastest's speed: nothing a user would notice
 
 Say = Callable[[str], None]
 

@@ -34,7 +34,6 @@ from deploycc.core.pipeline import Pipeline
 from deploycc.core.registry import FORMS
 from deploycc.core.store import Store, default_root
 from deploycc.core.target import Bench, Target
-from deploycc.core.timing import Profiles
 from deploycc.decision import COMPILED, EAGER, FLOAT, Attempt, Outcome, best, check_limits, decide
 from deploycc.errors import DataNeeded, DeployError, Interrupted, MissingDependency, UsageError
 from deploycc.forms.module import example_feeds
@@ -110,7 +109,7 @@ def compile(model: Any, options: Options, progress: Progress = silent) -> Compil
             return options.budget_s is not None and time.monotonic() - started > options.budget_s
 
         try:
-            for rung in ladder.quality_rungs(pipeline, planned.target, context.data, attempts):
+            for rung in ladder.quality_rungs(pipeline, planned.target, context.data, attempts, timed=context.profiler is not None):
                 if attempts and spent():
                     break
                 attempts.extend(job.tried(rung) if attempts else [job.attempt(rung)])
@@ -177,7 +176,7 @@ def _context(planned: Plan, reference: Artifact, data: Data, options: Options, w
     if not planned.native:
         return context
     timer = Timer(planned.backend, context)
-    return replace(context, timer=timer, profiler=timer.profile if isinstance(planned.backend, Profiles) else None)
+    return replace(context, timer=timer, profiler=timer.profile if planned.tells_times else None)
 
 
 def _prepare(preparation: Pipeline, context: Context, options: Options) -> Artifact:

@@ -1,11 +1,12 @@
 """The quality ladder: what is tried while the accuracy gate refuses, cheap to dear; and the settings that are tried for speed.
 
-    as planned → other settings of its lossy passes (better calibration) → passes that win accuracy back without training (cross-layer
-    equalization, learned rounding) → the worst 1, 2, 4, 8 operators in float → passes that train (quantization-aware), where there are
-    training data → float
+    as planned → other settings of its lossy passes (better calibration) → what is faster in float put back (on the target's own machine)
+    → passes that win accuracy back without training (cross-layer equalization, learned rounding) → the worst 1, 2, 4, 8 operators in float
+    → passes that train (quantization-aware), where there are training data → float
 
-From equalization on, every rung starts from the best so far. Which pass is a rung is its own to say: `Pass.alternatives`,
-`Pass.rescue` and `Pass.retreats` for accuracy, `Pass.faster` for speed. So a new pass brings its rung with it.
+From what is put back on, every rung starts from the best so far. Which pass is a rung is its own to say: `Pass.alternatives`,
+`Pass.rescue` and `Pass.retreats` for accuracy, `Pass.faster` for speed (what it puts back in float is exact there as well). So a new pass
+brings its rung with it.
 """
 
 from __future__ import annotations
@@ -29,23 +30,25 @@ HARDLY_FASTER = 1.5  # times the float artifact's speed: below it, passes are as
 WORTH_MS = 0.5  # of the float artifact: below it, calls of operators cost more than their work, and the clock's noise would choose
 
 
-def quality_rungs(planned: Pipeline, target: Target, data: Data, attempts: Sequence[Attempt]) -> Iterator[Pipeline]:
+def quality_rungs(planned: Pipeline, target: Target, data: Data, attempts: Sequence[Attempt], *, timed: bool = False) -> Iterator[Pipeline]:
     """The pipeline as planned, then what may mend it, each pipeline once; nothing for a lossless one.
 
-    `attempts` are looked at anew for every rung: the caller adds to them.
+    `attempts` are looked at anew for every rung: the caller adds to them. `timed`: this machine tells how long each operator takes.
     """
     if len(planned.lossless().steps) == len(planned.steps):
         return
     seen: set[str] = set()
-    for pipeline in _quality_rungs(planned, target, data, lambda: best(attempts).pipeline if attempts else planned):
+    for pipeline in _quality_rungs(planned, target, data, lambda: best(attempts).pipeline if attempts else planned, timed=timed):
         if str(pipeline) not in seen:
             seen.add(str(pipeline))
             yield pipeline
 
 
-def _quality_rungs(planned: Pipeline, target: Target, data: Data, so_far: Callable[[], Pipeline]) -> Iterator[Pipeline]:
+def _quality_rungs(planned: Pipeline, target: Target, data: Data, so_far: Callable[[], Pipeline], *, timed: bool) -> Iterator[Pipeline]:
     yield planned
     yield from _changed(planned, lambda body: body.alternatives(target))
+    if timed:
+        yield from _changed(so_far(), lambda body: body.faster())
     yield from (pipeline for pipeline in _rescues(so_far(), target) if not _trains(pipeline, planned))
     yield from _changed(so_far(), lambda body: body.retreats())
     if data.has("training"):
@@ -78,7 +81,7 @@ def described(planned: Plan) -> str:
     pipeline = planned.pipeline
     if len(pipeline.lossless().steps) == len(pipeline.steps):
         return "float only: no pass changes the numbers"
-    rungs = list(quality_rungs(pipeline, planned.target, planned.data, ()))
+    rungs = list(quality_rungs(pipeline, planned.target, planned.data, (), timed=planned.tells_times))
     return " → ".join(["as planned", *(_difference(rung, pipeline) for rung in rungs[1:]), "float"])
 
 

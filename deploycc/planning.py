@@ -17,6 +17,7 @@ from deploycc.core.data import Data
 from deploycc.core.pipeline import Pipeline
 from deploycc.core.registry import BACKENDS, DATASETS, MODELS, suggest
 from deploycc.core.target import Target
+from deploycc.core.timing import Profiles
 from deploycc.errors import UsageError
 from deploycc.runtime.audio import AnyTransform
 
@@ -92,6 +93,7 @@ class Plan:
         data: what is known of the data.
         misfit: why the artifact cannot run on this machine, or None.
         native: whether latency measured here is the target's own.
+        tells_times: whether this machine tells what each operator takes on the target.
     """
 
     target: Target
@@ -107,6 +109,11 @@ class Plan:
     def native(self) -> bool:
         """Whether a latency measured on this machine is the target's own."""
         return self.misfit is None
+
+    @property
+    def tells_times(self) -> bool:
+        """Whether this machine tells what each operator takes on the target."""
+        return self.native and isinstance(self.backend, Profiles)
 
 
 def plan(model: Any, options: Options = Options()) -> Plan:

@@ -68,10 +68,10 @@ def test_nothing_is_tried_otherwise(attempts, bench):
 STATIC = "export-onnx, quantize-static"
 
 
-def quality(text, *, training=False, reduce_range=False, attempts=()):
+def quality(text, *, training=False, reduce_range=False, attempts=(), timed=False):
     data = SimpleNamespace(has=lambda part: training and part == "training")
     target = ANY.model_copy(update={"quant": ANY.quant.model_copy(update={"reduce_range": reduce_range})})
-    return [str(pipeline) for pipeline in quality_rungs(Pipeline.parse(text), target, cast(Any, data), attempts)]
+    return [str(pipeline) for pipeline in quality_rungs(Pipeline.parse(text), target, cast(Any, data), attempts, timed=timed)]
 
 
 def test_the_ladder_climbs_from_cheap_to_dear():
@@ -89,6 +89,14 @@ def test_without_training_data_nothing_trains_and_held_pairs_are_not_learned():
     found = quality(STATIC, reduce_range=True)
     assert not [text for text in found if "quantize-qat" in text or "learn-rounding" in text]
     assert found[-1].endswith("{fallback=8}")
+
+
+def test_what_is_faster_in_float_is_put_back_where_the_machine_tells():
+    found = quality(STATIC, timed=True)
+    assert found.index("export-onnx, quantize-static{islands=measured}") == 4  # after the planned one and three calibrations
+    assert [text for text in found if "islands" not in text] == quality(STATIC)
+    assert "quantize-static{islands=measured}" in quality("quantize-static, quantize-qat", timed=True)[4]
+    assert quality("quantize-torch", timed=True) == quality("quantize-torch")
 
 
 def test_layers_are_equalized_once():
@@ -119,10 +127,12 @@ def test_later_rungs_start_from_the_best_so_far():
 
 
 def test_the_plan_tells_every_rung():
-    planned = SimpleNamespace(pipeline=Pipeline.parse(STATIC), target=ANY, data=SimpleNamespace(has=lambda part: True))
+    planned = SimpleNamespace(pipeline=Pipeline.parse(STATIC), target=ANY, data=SimpleNamespace(has=lambda part: True), tells_times=False)
     text = described(cast(Any, planned))
     assert text.startswith("as planned → quantize-static{calibration=mse} → ")
     assert text.endswith("→ quantize-static{fallback=8} → quantize-qat → float")
+    planned.tells_times = True
+    assert " → quantize-static{islands=measured} → equalize-layers → " in described(cast(Any, planned))
     lossless = SimpleNamespace(pipeline=Pipeline.parse("export-onnx"))
     assert described(cast(Any, lossless)) == "float only: no pass changes the numbers"
 

@@ -122,8 +122,31 @@ def _converted(artifact: Artifact) -> Any:
         model: Any = ov.Core().read_model(str(write(graph_model, Path(work))))
         apply_moc_transformations(model, cf=False, smart_reshape=False)
         model = model.clone()  # which no longer reads the file
+    _fuse_hard_sigmoids(model)
     _count_names_anew(model, frozenset(node.name or "" for node in graph_model.graph))
     return model
+
+
+def _fuse_hard_sigmoids(model: Any) -> None:
+    """HardSigmoid with PyTorch's slope and offset, as the operator of its own that OpenVINO has for it.
+
+    The plug-in computes HSigmoid inside the kernel before it; HardSigmoid, whose slope is an input, by itself and in float32, between two
+    conversions. Written as Multiply, Add and Clamp it is fused as well, but then a Conv takes the Multiply's name, and its MACs are lost.
+    """
+    from openvino import opset5
+
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "HardSigmoid":
+            continue
+        slope, offset = (op.input_value(index).get_node() for index in (1, 2))
+        if not np.allclose((slope.data, offset.data), (1 / 6, 0.5), rtol=1e-6, atol=0):  # ONNX has them as attributes
+            continue
+        fused: Any = opset5.hsigmoid(op.input_value(0))
+        fused.set_friendly_name(op.get_friendly_name())
+        for name in op.output(0).get_names():
+            fused.output(0).add_names({name})
+        for reader in op.output(0).get_target_inputs():
+            reader.replace_source_output(fused.output(0))
 
 
 def _count_names_anew(model: Any, kept: frozenset[str]) -> None:

@@ -181,7 +181,7 @@ class Pass(ABC):
         return ()
 
     def faster(self) -> tuple[Pass, ...]:
-        """Settings to try when what ships is hardly faster than the float artifact, cheap to dear."""
+        """Settings that are no less accurate, to try when what ships is hardly faster than float, or is refused; cheap to dear."""
         return ()
 
     def __call__(self, artifact: Artifact, context: Context) -> Artifact:

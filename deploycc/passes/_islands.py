@@ -7,7 +7,9 @@ assignment then is a shortest path over segments and precisions (R. Bellman 1957
 
     C_p(k) = t_p(k) + min_q ( C_q(k − 1) + [p ≠ q] · (c₀ + c₁ · elements(k − 1)) )
 
-with c₁ from the time that the graph's own QuantizeLinear takes for its input.
+with c₁ from the time that the graph's own QuantizeLinear takes for its input. What a change breaks up besides (an activation that is no
+longer in the kernel before it, another kernel's order of channels) is in no profile: `mixes` asks at several prices of c, for the clock to
+choose from.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ FLOAT, INTEGER = 0, 1
 LAYOUT = 1.5  # a change of precision often changes the order in memory too: of the time of QuantizeLinear alone
 PER_ELEMENT = 0.2e-6  # ms, where the graph has no QuantizeLinear of its own input
 PER_CALL = 5e-3  # ms, of the operators that a change of precision adds
+PRICES = (1.0, 3.0, 9.0)  # times what the operators of a change take by themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +89,23 @@ def _elements(value: ir.Value) -> int:
     return 0 if value.shape is None else int(np.prod([size if isinstance(size, int) else 1 for size in value.shape]))
 
 
-def assign(parts: Sequence[Segment], times: Mapping[str, Sequence[NodeTime]], entry: int) -> Islands:
-    """The shortest path; `times` are those of "float" and "int8", `entry` the elements of the graph's input."""
+def mixes(parts: Sequence[Segment], times: Mapping[str, Sequence[NodeTime]], entry: int) -> list[Islands]:
+    """The assignments that differ, from the one with the most changes of precision on: the same arguments as `assign`."""
+    found: dict[tuple[str, ...], Islands] = {}
+    for price in PRICES:
+        each = assign(parts, times, entry, price)
+        found.setdefault(each.float_nodes, each)
+    return list(found.values())
+
+
+def assign(parts: Sequence[Segment], times: Mapping[str, Sequence[NodeTime]], entry: int, price: float = 1.0) -> Islands:
+    """The shortest path; `times` are those of "float" and "int8", `entry` the elements of the graph's input; a change costs `price` · c."""
     costs = [segment_times(parts, times["float"]), segment_times(parts, times["int8"])]
     first = next((node.milliseconds for node in times["int8"] if node.operator == "QuantizeLinear"), None)
     per_element = PER_ELEMENT if first is None else LAYOUT * first / max(entry, 1)
     best = [(costs[precision][0], (precision,)) for precision in (FLOAT, INTEGER)]
     for index in range(1, len(parts)):
-        change = PER_CALL + per_element * parts[index - 1].elements
+        change = price * (PER_CALL + per_element * parts[index - 1].elements)
         best = [
             min((total + costs[precision][index] + change * (path[-1] != precision), (*path, precision)) for total, path in best)
             for precision in (FLOAT, INTEGER)

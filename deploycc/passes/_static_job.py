@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from deploycc.passes._static_options import StaticOptions
 
 PREDICTED = 4  # calls by which saturation is predicted
-LEAST_GAIN = 0.03  # of the time, for which integers are undone
+LEAST_GAIN = 0.02  # of the time, for which integers are undone
 TOLD = 200  # characters of a note that name what comes next
 
 
@@ -153,35 +154,38 @@ class Job:
 
     def without_islands(self, whole: Artifact) -> Artifact:
         """`whole` with the parts in float that the clock says are faster so, or as it is."""
-        from deploycc.passes._islands import assign, segments
+        from deploycc.passes._islands import mixes, segments
 
         context, artifact = self.context, self.artifact
         assert context.profiler is not None  # `requires` has looked
         entry = sum(int(np.prod([size if isinstance(size, int) else 1 for size in spec.shape])) for spec in artifact.signature.inputs)
         parts = segments(self.model.graph)
-        found = assign(parts, context.profiler({"float": artifact, "int8": whole}), entry)
+        found = mixes(parts, context.profiler({"float": artifact, "int8": whole}), entry)
         names = ("float", "in integers", "as assigned")
-        told = ", ".join(f"{value:.3f} ms {name}" for value, name in zip(found.predicted, names, strict=True))
-        facts = {"predicted_ms": dict(zip(names, found.predicted, strict=True)), "float_nodes": list(found.float_nodes)}
+        told = ", ".join(f"{value:.3f} ms {name}" for value, name in zip(found[0].predicted, names, strict=True))
+        facts = {"predicted_ms": dict(zip(names, found[0].predicted, strict=True))}
 
         def noted(result: Artifact, text: str, **more: Any) -> Artifact:
             notes = (*result.notes, f"islands, {len(parts)} segments: {told}; {text}")
             return replace(result, notes=notes, details={**result.details, "islands": {**facts, **more}})
 
-        if not found.float_nodes:
-            return noted(whole, "no part is faster in float")
-        try:
-            mixed = self.write(dict.fromkeys(found.float_nodes, "measured: faster in float"))
-        except NothingToDo:
-            return noted(whole, "every part is faster in float")
-        times = context.latency({"whole": whole, "mixed": mixed})
-        share = times["mixed"] / times["whole"]
-        told = f"{told}; with {len(found.float_nodes)} operators in float {share:.2f} of the time was measured"
-        return (
-            noted(mixed, "kept so", measured_ms=times)
-            if share < 1 - LEAST_GAIN
-            else noted(whole, "all kept in integers", measured_ms=times)
-        )
+        mixed: dict[str, tuple[Artifact, tuple[str, ...]]] = {}
+        for index, each in enumerate(found):
+            with suppress(NothingToDo):  # every part of it is in float
+                if each.float_nodes:
+                    written = self.write(dict.fromkeys(each.float_nodes, "measured: faster in float"))
+                    mixed[f"mixed {index + 1}"] = written, each.float_nodes
+        if not mixed:
+            return noted(whole, "every part is faster in float" if found[0].float_nodes else "no part is faster in float", float_nodes=[])
+        times = context.latency({"whole": whole, **{name: written for name, (written, _) in mixed.items()}})
+        best = min(mixed, key=lambda name: times[name])
+        chosen, in_float = mixed[best]
+        share = times[best] / times["whole"]
+        of = f", the best of {len(mixed)} mixtures" if len(mixed) > 1 else ""
+        told = f"{told}; with {len(in_float)} operators in float{of} {share:.2f} of the time was measured"
+        if share < 1 - LEAST_GAIN:
+            return noted(chosen, "kept so", float_nodes=list(in_float), measured_ms=times)
+        return noted(whole, "all kept in integers", float_nodes=list(in_float), measured_ms=times)
 
     def _range(self, name: str, histogram: Histogram) -> tuple[float, float]:
         """Of one tensor, chosen once: the graph may be written twice."""

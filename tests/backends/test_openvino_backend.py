@@ -70,6 +70,27 @@ def folder_in(parent, name):
     return parent / name
 
 
+def with_hard_sigmoid(slope):
+    """Squeeze-and-excitation's last steps: Conv, HardSigmoid, and its product with what came in."""
+    body = f"""(float[1,8,4,4] x) => (float[1,8,4,4] y) {{
+        c = Conv (x, w)
+        h = HardSigmoid <alpha: float = {slope}, beta: float = 0.5> (c)
+        y = Mul (x, h) }}"""
+    weight = np.random.default_rng(0).normal(size=(8, 8, 1, 1)).astype(np.float32)
+    return onnx_artifact(graph(body, w=weight))
+
+
+@pytest.mark.parametrize(("slope", "kernels"), [(1 / 6, ["c", "y"]), (0.2, ["c", "h", "y"])])
+def test_the_hard_sigmoid_of_torch_is_computed_in_a_kernel_beside_it(slope, kernels, tmp_path):
+    artifact = with_hard_sigmoid(slope)
+    built = backend.OpenVino().build(artifact, INT8, tmp_path)
+    feeds = example_feeds(artifact.signature, seed=1)
+    with backend.OpenVino().open(built, INT8, threads=1) as session, OnnxForm().open(artifact, threads=1) as plain:
+        np.testing.assert_allclose(session.run(feeds)["y"], plain.run(feeds)["y"], rtol=1e-5, atol=1e-6)
+    computed = [kernel.name for kernel in openvino_graph.kernels(tmp_path / "model.xml", "f32") if kernel.precision == "float"]
+    assert computed == kernels
+
+
 @needs_vnni
 def test_conv_activation_and_rounding_are_one_integer_kernel(tmp_path):
     built = backend.OpenVino().build(quantized(), INT8, tmp_path)

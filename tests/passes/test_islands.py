@@ -13,7 +13,7 @@ from deploycc.core.pipeline import Pipeline
 from deploycc.core.target import Quant
 from deploycc.core.timing import NodeTime
 from deploycc.errors import PreconditionError
-from deploycc.passes._islands import Segment, assign, segment_times, segments
+from deploycc.passes._islands import Segment, assign, mixes, segment_times, segments
 from deploycc.passes.quantize_static import QuantizeStatic
 
 
@@ -51,6 +51,13 @@ def test_the_shortest_path_by_hand():
     assert dear.float_nodes == ()
 
 
+def test_dearer_changes_leave_fewer_of_them():
+    parts = [Segment((name,), 0) for name in "abcd"]  # a change costs 0.005 ms
+    found = mixes(parts, {"float": times(a=1.0, b=2.0, c=1.0, d=2.0), "int8": times(a=2.0, b=1.98, c=1.02, d=1.0)}, 1)
+    assert [each.float_nodes for each in found] == [("a", "c"), ("a", "b", "c")]
+    assert [each.predicted[2] for each in found] == pytest.approx([1.0 + 1.98 + 1.0 + 1.0 + 0.015, 1.0 + 2.0 + 1.0 + 1.0 + 0.015])
+
+
 # --- in the pass
 
 
@@ -75,9 +82,9 @@ INTEGER = {"conv1": 3.0, "conv2": 0.5, "pool": 0.5, "gemm": 0.5}
 
 def test_what_is_faster_in_float_is_put_back():
     artifact = residual()
-    ctx, asked = watched(artifact, {"float": FLOAT, "int8": INTEGER}, {"whole": 4.5, "mixed": 2.6})
+    ctx, asked = watched(artifact, {"float": FLOAT, "int8": INTEGER}, {"whole": 4.5, "mixed 1": 2.6})
     after = QuantizeStatic(islands="measured")(artifact, ctx)
-    assert asked == [["float", "int8"], ["mixed", "whole"]]
+    assert asked == [["float", "int8"], ["mixed 1", "whole"]]
     assert after.quant.left_float == (("conv1 (Conv)", "measured: faster in float"),)
     assert after.details["islands"]["float_nodes"] == ["conv1", "relu1"]
     assert after.details["islands"]["predicted_ms"]["in integers"] == pytest.approx(4.5)
@@ -89,10 +96,23 @@ def test_what_is_faster_in_float_is_put_back():
     )
 
 
+@pytest.mark.parametrize("second", [2.5, 2.7])
+def test_of_several_mixtures_the_clock_chooses(second):
+    artifact = residual()
+    # By itself the change before gemm is worth it, at three times its price only the one behind relu1 is.
+    profile = {"float": {**FLOAT, "gemm": 0.495}, "int8": {**INTEGER, "gemm": 0.505}}
+    ctx, asked = watched(artifact, profile, {"whole": 4.5, "mixed 1": 2.6, "mixed 2": second})
+    after = QuantizeStatic(islands="measured")(artifact, ctx)
+    assert asked[1] == ["mixed 1", "mixed 2", "whole"]
+    assert (after.details["islands"]["float_nodes"] == ["conv1", "relu1"]) is (second < 2.6)
+    assert any("the best of 2 mixtures" in note for note in after.notes)
+    assert after.details["islands"]["measured_ms"]["mixed 2"] == second
+
+
 @pytest.mark.parametrize(
     ("profile", "latency", "said"),
     [
-        ({"float": FLOAT, "int8": INTEGER}, {"whole": 2.0, "mixed": 1.98}, "all kept in integers"),
+        ({"float": FLOAT, "int8": INTEGER}, {"whole": 2.0, "mixed 1": 1.98}, "all kept in integers"),
         ({"float": FLOAT, "int8": {**INTEGER, "conv1": 0.5}}, {}, "no part is faster in float"),
         ({"float": {**FLOAT, "gemm": 0.1}, "int8": dict.fromkeys(FLOAT, 2.0)}, {}, "every part is faster in float"),
     ],
