@@ -125,14 +125,14 @@ def times(artifact: Artifact, given: Artifact, layers: Layers, built: Built, bac
 
     Empty where the runtime's names do not tell which layer its operators belong to.
     """
-    from deploycc.passes._islands import Segment, segment_times
+    from deploycc.passes._islands import segment, segment_times
 
     groups = _groups(given.model, [layer.tensor for layer in layers.layers])
-    parts = [Segment(tuple(node.name or "" for node in nodes), 0) for nodes in groups.values()]
+    parts = [segment(nodes, 0) for nodes in groups.values()]
     feeds = context.data.probe(artifact, PROFILED)
     rounds = [backend.profile(built, context.target, feeds, runs=PROFILE_RUNS) for _ in range(PROFILE_ROUNDS)]
     nodes = [min(same, key=lambda node: node.milliseconds) for same in zip(*rounds, strict=True)]  # what disturbs makes them slower
-    names = (*groups, *(name for part in parts for name in part.nodes))
+    names = (*groups, *(name for part in parts for name in (*part.nodes, *part.results)))
     prefixes = tuple(f"{name}{mark}" for name in names for mark in "_/")
     told = sum(node.milliseconds for node in nodes if node.name in names or node.name.startswith(prefixes))
     if told < TOLD * sum(node.milliseconds for node in nodes):

@@ -40,10 +40,12 @@ class Segment:
     Attributes:
         nodes: their names, in graph order.
         elements: of the tensor that they give.
+        results: names of what each of them gives; OpenVINO calls the last operators by these.
     """
 
     nodes: tuple[str, ...]
     elements: int
+    results: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +69,23 @@ def segments(graph: ir.Graph) -> list[Segment]:
             readers[value.name] = readers.get(value.name, 0) + 1
     alive = {value.name: readers[value.name] for value in graph.inputs if value.name in readers}
     found: list[Segment] = []
-    nodes: list[str] = []
+    nodes: list[ir.Node] = []
     for node in graph:
-        nodes.append(node.name or "")
+        nodes.append(node)
         for value in _flowing(node):
             alive[value.name] -= 1
         alive |= {value.name: readers.get(value.name, 0) for value in node.outputs}
         alive = {name: count for name, count in alive.items() if count}
         if len(alive) == 1:
-            found.append(Segment(tuple(nodes), _elements(node.outputs[0])))
+            found.append(segment(nodes, _elements(node.outputs[0])))
             nodes = []
-    return [*found, Segment(tuple(nodes), 0)] if nodes else found
+    return [*found, segment(nodes, 0)] if nodes else found
+
+
+def segment(nodes: Sequence[ir.Node], elements: int) -> Segment:
+    """The segment that these operators make."""
+    results = tuple(value.name or "" for node in nodes for value in node.outputs)
+    return Segment(tuple(node.name or "" for node in nodes), elements, results)
 
 
 def _flowing(node: ir.Node) -> list[ir.Value]:
@@ -117,7 +125,8 @@ def assign(parts: Sequence[Segment], times: Mapping[str, Sequence[NodeTime]], en
 
 def segment_times(parts: Sequence[Segment], nodes: Sequence[NodeTime]) -> list[float]:
     """Milliseconds of each segment. An operator that the runtime added belongs to the segment of the one that ran before it."""
-    homes = {name: index for index, part in enumerate(parts) for name in part.nodes}
+    homes = {name: index for index, part in enumerate(parts) for name in part.results}
+    homes |= {name: index for index, part in enumerate(parts) for name in part.nodes}
     longest = sorted(homes, key=len, reverse=True)
     found, current = [0.0] * len(parts), 0
     for node in nodes:

@@ -40,6 +40,13 @@ def test_the_time_of_what_the_runtime_added_goes_to_the_operator_before_it():
     assert segment_times(parts, nodes) == [1.25, 6.5]
 
 
+def test_a_kernel_called_by_its_result_has_its_own_time():
+    parts = segments(residual().model.graph)
+    nodes = [NodeTime("conv1", "Conv", 1.0), NodeTime("pool", "Pool", 0.5), NodeTime("y", "FullyConnected", 2.0)]
+    assert segment_times(parts, nodes) == [1.0, 0.0, 0.0, 0.0, 0.5, 0.0, 2.0]
+    assert segment_times(parts, [NodeTime("y_original", "FullyConnected", 2.0)])[-1] == 2.0
+
+
 def test_the_shortest_path_by_hand():
     parts = [Segment((name,), 1_000_000) for name in "abcd"]
     ints = [NodeTime("x_QuantizeLinear", "QuantizeLinear", 0.2)]  # of the input's 1,000,000 elements: 0.3 ms + 0.005 for a change
