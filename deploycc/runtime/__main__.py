@@ -138,6 +138,7 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     seconds = options.seconds or wanted.get("min_seconds", 2.0)
     runs = options.runs or wanted.get("min_runs", 30)
     sessions = options.sessions or wanted.get("sessions", SESSIONS)
+    stop = Stop(seconds, runs, wanted.get("max_width"), wanted.get("max_seconds"), sessions)
     earlier = peak_rss_bytes()
     before = rss_bytes() if reset_peak() else None  # as the host's harness does, so that growth means the same
     begin = time.perf_counter_ns()
@@ -162,7 +163,7 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         watch = Watch()
         samples = time_interleaved(
             {"model": call},
-            Stop(seconds, runs, wanted.get("max_width"), wanted.get("max_seconds"), sessions),
+            stop,
             again=again,
             progress=lambda what, done, total: watch.look(),
         )["model"]
@@ -188,9 +189,7 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             samples,
             feeds[0],
             threads=threads,
-            min_seconds=seconds,
-            min_runs=runs,
-            sessions=sessions,
+            stop=stop,
             open_ms=answer["open_ms"],
             first_ms=answer["first_ms"],
             rss_growth_mb=(cold_peak - before) / 1e6 if before and cold_peak and cold_peak > before else None,

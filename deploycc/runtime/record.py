@@ -10,6 +10,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from deploycc.errors import UsageError
 from deploycc.runtime import cuda
 from deploycc.runtime.machine import available_cores, cpu_arch, cpu_flags, cpu_model
+from deploycc.runtime.measure import Stop
 from deploycc.runtime.statistics import Samples
 
 SCHEMA_VERSION = 3
@@ -60,9 +62,7 @@ def document(
     feeds: Mapping[str, np.ndarray],
     *,
     threads: int,
-    min_seconds: float,
-    min_runs: int,
-    sessions: int,
+    stop: Stop,
     open_ms: float,
     first_ms: float,
     rss_growth_mb: float | None,
@@ -84,7 +84,7 @@ def document(
         "measurements": [measurement],
         "baseline": None,
         "environment": environment(threads),
-        "settings": {"threads": threads, "min_seconds": min_seconds, "min_runs": min_runs, "sessions": sessions},
+        "settings": {"threads": threads, **asdict(stop)},
         "clock": "wall",
         "seed": 0,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -296,6 +296,22 @@ def test_the_samples_are_of_every_kind():
     assert not instability(steady(1), summarize(steady(1)))
 
 
+def test_the_clock_goes_on_until_the_interval_is_narrow_or_the_time_is_over(probe: Path):
+    def clock(*, sessions: int = 2, max_width: float = 0, max_seconds: float = 0, min_seconds: float = 0.1) -> dict[str, float]:
+        return cpp_probe.answer(cpp_probe.run(probe, "clock", min_seconds, 20, sessions, max_width, max_seconds))
+
+    plain = clock()
+    assert plain["sessions"] == 2
+    assert plain["width"] > 0.05  # two sessions of unlike speed tell little
+    narrow = clock(max_width=0.06, max_seconds=20)
+    assert narrow["sessions"] > 2  # more were opened
+    assert narrow["width"] <= 0.06
+    never = clock(max_width=1e-9, max_seconds=0.5)
+    assert never["runs"] > plain["runs"]
+    assert clock(min_seconds=60, max_seconds=0.2)["runs"] < 400
+    assert clock(sessions=1)["sessions"] == 1
+
+
 def test_the_machine_is_seen_as_python_sees_it(probe: Path):
     found = cpp_probe.answer(cpp_probe.run(probe, "machine"))
     assert found["arch"] == cpu_arch()

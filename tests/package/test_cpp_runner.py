@@ -149,6 +149,16 @@ def test_bench_measures_and_saves_what_the_host_reads(runner: Path, folder: Path
     )
 
 
+def test_bench_stops_when_the_target_says(runner: Path, make: Make, tmp_path: Path):
+    contents = make()
+    bench = contents.target.bench.model_copy(update={"min_seconds": 60.0, "max_width": 0.5, "max_seconds": 0.05, "sessions": 2})
+    folder = write(tmp_path / "lite", replace(contents, target=contents.target.model_copy(update={"bench": bench}))).folder
+    found = cpp_probe.answer(cpp_probe.run(runner, "bench", "--bundle", folder, "--save", tmp_path / "r.json", "--json"))
+    assert found["latency_ms"]["runs"] < 20_000  # which there would be long before a minute of them
+    saved = BenchResult.model_validate_json((tmp_path / "r.json").read_text())
+    assert saved.settings == bench
+
+
 def test_bench_warns_of_more_threads_than_cores(runner: Path, folder: Path):
     threads = available_cores() + 1
     found = cpp_probe.answer(cpp_probe.run(runner, "bench", "--bundle", folder, "--seconds", "0.02", "--threads", threads, "--json"))

@@ -122,9 +122,9 @@ Array repeated(const Array& row, const TensorSpec& spec) {
 
 }  // namespace
 
-double Bundle::bench(const char* key, double otherwise) const {
+std::optional<double> Bundle::bench(const char* key) const {
   const Json& value = member(member(target(), "bench"), key);
-  return value.is(Json::Kind::number) && std::isfinite(value.number()) ? value.number() : otherwise;
+  return value.is(Json::Kind::number) && std::isfinite(value.number()) ? std::optional(value.number()) : std::nullopt;
 }
 
 std::vector<std::string> Bundle::notices() const {

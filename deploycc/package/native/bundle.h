@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
 #include <variant>
 #include <vector>
@@ -25,7 +26,7 @@ struct Bundle {
 
   const Json& target() const { return *manifest.find("target"); }
   const Json& runtime() const { return *manifest.find("runtime"); }
-  double bench(const char* key, double otherwise) const;  // a number of target.bench
+  std::optional<double> bench(const char* key) const;  // a number of target.bench
   std::vector<std::string> notices() const;
 };
 

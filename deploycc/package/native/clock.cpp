@@ -13,6 +13,7 @@ constexpr double most_runs = 20'000, least_rounds = 5, least_per_round = 3, shor
 constexpr int warmup_windows = 12;
 constexpr double warmup_seconds = 0.15, again_seconds = 0.02, settled = 0.03;
 constexpr size_t warmup_runs = 3, again_runs = 1;
+constexpr double checked_each = 1.2;  // the interval's width is looked at again when there are so many times as many rounds
 
 struct Warm {
   size_t calls;
@@ -50,36 +51,59 @@ int64_t now_ns() {
   return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
 }
 
-Samples time_calls(Call call, const std::function<Call()>& again, double min_seconds, size_t min_runs, size_t sessions) {
+Samples time_calls(Call call, const std::function<Call()>& again, const Stop& stop) {
   const Warm warm = warm_up(call, warmup_seconds, warmup_runs);
+  const auto min_runs = static_cast<double>(stop.min_runs), wanted = static_cast<double>(stop.sessions);
   const double block = std::max(shortest_block_ns, least_per_round * warm.fastest);
-  const double expected_rounds = std::max({least_rounds, static_cast<double>(min_runs) / least_per_round, min_seconds * 1e9 / block});
-  const double most = std::max(least_per_round, std::floor(most_runs / expected_rounds));
+  const double expected_rounds = std::max({least_rounds, min_runs / least_per_round, stop.min_seconds * 1e9 / block});
+  const double most = std::max(least_per_round, std::floor(most_runs / expected_rounds)), least = std::max(least_rounds, wanted);
   Samples samples;
   samples.warmups = warm.calls;
   samples.stable = warm.stable;
   samples.per_round = static_cast<size_t>(std::min(most, std::max(least_per_round, std::nearbyint(block / warm.fastest))));
-  const auto wanted = static_cast<double>(sessions);
-  double spent = 0;
-  size_t rounds = 0;
+  double timed_ns = 0;
+  size_t rounds = 0, look = 0;
+  std::optional<size_t> each;  // rounds of a session, once the least amounts are there
   const auto reached = [&] {
     const auto runs = static_cast<double>(samples.ns.size());
-    const double least = std::min({runs / static_cast<double>(min_runs), spent / 1e9 / min_seconds, static_cast<double>(rounds) / std::max(least_rounds, wanted)});
-    return std::min(1.0, std::max(runs / most_runs, least));
+    const double enough = std::min({runs / min_runs, timed_ns / 1e9 / stop.min_seconds, static_cast<double>(rounds) / least});
+    return std::min(1.0, std::max(runs / most_runs, enough));
   };
-  for (double share = reached(); share < 1 || samples.openings.size() < sessions; share = reached()) {
-    if (share * wanted >= static_cast<double>(samples.openings.size())) {
-      call = again();
-      const Warm anew = warm_up(call, again_seconds, again_runs);
-      samples.warmups += anew.calls;
-      samples.stable = *samples.stable && anew.stable;
-      samples.openings.push_back(rounds);
+  const auto narrow = [&] {
+    if (!stop.max_width || static_cast<double>(samples.ns.size()) >= most_runs) return true;
+    if (rounds < look) return false;
+    look = static_cast<size_t>(static_cast<double>(rounds) * checked_each) + 1;
+    const Summary found = summarize(samples);
+    return (found.high - found.low) / 2 / found.p50 <= *stop.max_width;
+  };
+  const int64_t begin = now_ns();
+  int64_t away = 0;
+  while (true) {
+    double share = reached();
+    if (stop.max_seconds && static_cast<double>(rounds) >= least) {
+      const double spent = static_cast<double>(now_ns() - begin - away) / 1e9;
+      if (spent >= *stop.max_seconds) break;
+      share = std::max(share, spent / *stop.max_seconds);
+    }
+    if (share >= 1 && !each) each = (rounds + stop.sessions - 1) / stop.sessions;
+    const size_t opened = samples.openings.size();
+    if (each ? rounds - samples.openings.back() >= *each : share * wanted >= static_cast<double>(opened)) {
+      if (share >= 1 && opened >= stop.sessions && narrow()) break;
+      if (stop.sessions > 1) {
+        const int64_t left = now_ns();
+        call = again();
+        const Warm anew = warm_up(call, again_seconds, again_runs);
+        away += now_ns() - left;
+        samples.warmups += anew.calls;
+        samples.stable = *samples.stable && anew.stable;
+        samples.openings.push_back(rounds);
+      }
     }
     const size_t first = rounds * samples.per_round;
     call(first);  // not counted: brings the weights back into the caches
     for (size_t i = 0; i < samples.per_round; ++i) {
       samples.ns.push_back(timed(call, first + i));
-      spent += static_cast<double>(samples.ns.back());
+      timed_ns += static_cast<double>(samples.ns.back());
     }
     ++rounds;
   }

@@ -28,7 +28,7 @@ struct Opened {
 Opened open(const Options& options) {
   Bundle bundle = load_bundle(options.bundle);
   check_host(bundle);
-  const int wanted = static_cast<int>(std::clamp(bundle.bench("threads", 1), 1.0, 1024.0));
+  const int wanted = static_cast<int>(std::clamp(bundle.bench("threads").value_or(1), 1.0, 1024.0));
   return {std::move(bundle), options.threads ? options.threads : std::min(wanted, available_cores())};
 }
 
@@ -85,9 +85,9 @@ Json to_json(const Summary& summary) {
 }
 
 Json with_settings(Json measured, const Run& run) {
-  measured.set("min_seconds", run.min_seconds);
-  measured.set("min_runs", static_cast<int64_t>(run.min_runs));
-  measured.set("sessions", static_cast<int64_t>(run.sessions));
+  measured.set("min_seconds", run.stop.min_seconds);
+  measured.set("min_runs", static_cast<int64_t>(run.stop.min_runs));
+  measured.set("sessions", static_cast<int64_t>(run.stop.sessions));
   measured.set("stable", run.samples.stable);
   return measured;
 }
@@ -98,9 +98,14 @@ Answer bench(const Options& options) {
   const Opened opened = open(options);
   const std::vector<Arrays> feeds =
       options.input.empty() ? read_golden(opened.bundle).feeds : std::vector<Arrays>{read_input(opened.bundle, options.input)};
-  const double seconds = options.seconds > 0 ? options.seconds : opened.bundle.bench("min_seconds", 2.0);
-  const auto runs = options.runs ? static_cast<size_t>(options.runs) : static_cast<size_t>(std::clamp(opened.bundle.bench("min_runs", 30), 1.0, 20'000.0));
-  const auto sessions = options.sessions ? static_cast<size_t>(options.sessions) : static_cast<size_t>(std::clamp(opened.bundle.bench("sessions", 5), 1.0, 20'000.0));
+  const auto count = [&](int given, const char* key, double otherwise) {
+    return given ? static_cast<size_t>(given) : static_cast<size_t>(std::clamp(opened.bundle.bench(key).value_or(otherwise), 1.0, 20'000.0));
+  };
+  const Stop stop{options.seconds > 0 ? options.seconds : opened.bundle.bench("min_seconds").value_or(2.0),
+                  count(options.runs, "min_runs", 30),
+                  count(options.sessions, "sessions", 5),
+                  opened.bundle.bench("max_width"),
+                  opened.bundle.bench("max_seconds")};
   const auto earlier = peak_rss_bytes();
   const auto before = reset_peak() ? rss_bytes() : std::nullopt;  // as the host's harness does, so that growth means the same
   const int64_t begin = now_ns();
@@ -115,7 +120,7 @@ Answer bench(const Options& options) {
     session = open_session(opened.bundle.model, opened.bundle.signature, opened.threads);
     return call;
   };
-  const Samples samples = time_calls(call, again, seconds, runs, sessions);
+  const Samples samples = time_calls(call, again, stop);
   const Summary summary = summarize(samples);
   auto warnings = instability(samples, summary);
   if (opened.threads > available_cores()) warnings.push_back(format("%d threads on %d available cores", opened.threads, available_cores()));
@@ -129,7 +134,7 @@ Answer bench(const Options& options) {
   answer.document.set("warnings", Json::strings(warnings));
   const auto growth = before && cold && *cold > *before ? std::optional((*cold - *before) / 1e6) : std::nullopt;
   const Run run{text_of(answer.document, "target"), text_of(opened.bundle.runtime(), "package"), runtime_version(), samples, feeds[0],
-                opened.threads, seconds, runs, sessions, open_ms, first_ms, growth};
+                opened.threads, stop, open_ms, first_ms, growth};
   if (options.samples) answer.document.set("measurement", with_settings(measurement(run), run));
   if (!options.save.empty()) save_text(options.save, record(run).dump() + "\n");
   std::string tail;

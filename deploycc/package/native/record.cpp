@@ -75,12 +75,17 @@ Json measurement(const Run& run) {
 }
 
 Json record(const Run& run) {
-  const auto threads = static_cast<int64_t>(run.threads), runs = static_cast<int64_t>(run.min_runs), sessions = static_cast<int64_t>(run.sessions);
+  const Stop& stop = run.stop;
   return Json::object({{"schema_version", int64_t{3}},
                        {"measurements", Json::array({measurement(run)})},
                        {"baseline", Json()},
                        {"environment", environment(run)},
-                       {"settings", Json::object({{"threads", threads}, {"min_seconds", run.min_seconds}, {"min_runs", runs}, {"sessions", sessions}})},
+                       {"settings", Json::object({{"threads", static_cast<int64_t>(run.threads)},
+                                                  {"min_seconds", stop.min_seconds},
+                                                  {"min_runs", static_cast<int64_t>(stop.min_runs)},
+                                                  {"max_width", stop.max_width},
+                                                  {"max_seconds", stop.max_seconds},
+                                                  {"sessions", static_cast<int64_t>(stop.sessions)}})},
                        {"clock", "wall"},
                        {"seed", int64_t{0}},
                        {"created", now_text()}});

@@ -1,10 +1,11 @@
-// A measurement as the file that `deploycc bench --save` writes (schema version 1), so that `deploycc compare` reads it.
+// A measurement as the file that `deploycc bench --save` writes (schema version 3), so that `deploycc compare` reads it.
 #pragma once
 
 #include <optional>
 #include <string>
 
 #include "array.h"
+#include "clock.h"
 #include "json.h"
 #include "statistics.h"
 
@@ -16,9 +17,7 @@ struct Run {
   const Samples& samples;
   const Arrays& feeds;
   int threads;
-  double min_seconds;
-  size_t min_runs;
-  size_t sessions;
+  const Stop& stop;
   double open_ms, first_ms;
   std::optional<double> rss_growth_mb;
 };

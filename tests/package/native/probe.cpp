@@ -5,6 +5,7 @@
 
 #include "array.h"
 #include "audio.h"
+#include "clock.h"
 #include "error.h"
 #include "files.h"
 #include "json.h"
@@ -99,6 +100,27 @@ void statistics(const Arguments& given) {
   std::printf("%s\n", found.dump().c_str());
 }
 
+// clock MIN_SECONDS MIN_RUNS SESSIONS MAX_WIDTH MAX_SECONDS (0: none): calls of a millisecond, in the second session 1.2
+void clock(const Arguments& given) {
+  const auto number = [&](size_t index) { return std::stod(given[index]); };
+  const auto bound = [&](size_t index) { return number(index) > 0 ? std::optional(number(index)) : std::nullopt; };
+  int session = 1;
+  const Call call = [&session](size_t) {
+    for (const int64_t end = now_ns() + (session == 2 ? 1'200'000 : 1'000'000); now_ns() < end;) continue;
+  };
+  const auto again = [&] {
+    ++session;
+    return call;
+  };
+  const Stop stop{number(0), std::stoul(given[1]), std::stoul(given[2]), bound(3), bound(4)};
+  const int64_t begin = now_ns();
+  const Samples samples = time_calls(call, again, stop);
+  const Summary summary = summarize(samples);
+  std::printf("%s\n", Json::object({{"runs", static_cast<int64_t>(summary.runs)}, {"sessions", static_cast<int64_t>(samples.openings.size())},
+                                    {"width", (summary.high - summary.low) / 2 / summary.p50},
+                                    {"seconds", static_cast<double>(now_ns() - begin) / 1e9}}).dump().c_str());
+}
+
 // manifest FOLDER: everything that is checked before a bundle is used
 void manifest(const Arguments& given) {
   for (const auto& entry : entries_of(given[0], read_manifest(given[0]))) check_file(given[0], entry);
@@ -116,7 +138,7 @@ void machine(const Arguments&) {
 int main(int count, char** values) {
   const std::map<std::string, std::function<void(const Arguments&)>> commands{
       {"canonical", canonical}, {"npz", npz}, {"picture", picture}, {"transform", transform}, {"ranking", ranking}, {"statistics", statistics},
-      {"manifest", manifest}, {"wav", wav}, {"machine", machine}};
+      {"clock", clock}, {"manifest", manifest}, {"wav", wav}, {"machine", machine}};
   try {
     commands.at(values[1])(Arguments(values + 2, values + count));
   } catch (const Malformed& error) {
