@@ -8,8 +8,8 @@ assignment then is a shortest path over segments and precisions (R. Bellman 1957
     C_p(k) = t_p(k) + min_q ( C_q(k − 1) + [p ≠ q] · (c₀ + c₁ · elements(k − 1)) )
 
 with c₁ from the time that the graph's own QuantizeLinear takes for its input. What a change breaks up besides (an activation that is no
-longer in the kernel before it, another kernel's order of channels) is in no profile: `mixes` asks at several prices of c, for the clock to
-choose from.
+longer in the kernel before it, another kernel's order of channels) is in no profile: `mixes` asks at several prices of c, and once with
+integers only where they win a tenth of a segment, for the clock to choose from.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ FLOAT, INTEGER = 0, 1
 LAYOUT = 1.5  # a change of precision often changes the order in memory too: of the time of QuantizeLinear alone
 PER_ELEMENT = 0.2e-6  # ms, where the graph has no QuantizeLinear of its own input
 PER_CALL = 5e-3  # ms, of the operators that a change of precision adds
-PRICES = (1.0, 3.0, 9.0)  # times what the operators of a change take by themselves
+# Times what the operators of a change take by themselves, and the time of integers against that of float.
+TRIALS = ((1.0, 1.0), (3.0, 1.0), (9.0, 1.0), (3.0, 1.1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +99,23 @@ def _elements(value: ir.Value) -> int:
 
 
 def mixes(parts: Sequence[Segment], times: Mapping[str, Sequence[NodeTime]], entry: int) -> list[Islands]:
-    """The assignments that differ, from the one with the most changes of precision on: the same arguments as `assign`."""
+    """The assignments of TRIALS that differ; the same arguments as `assign`."""
     found: dict[tuple[str, ...], Islands] = {}
-    for price in PRICES:
-        each = assign(parts, times, entry, price)
+    for price, handicap in TRIALS:
+        each = assign(parts, times, entry, price, handicap)
         found.setdefault(each.float_nodes, each)
     return list(found.values())
 
 
-def assign(parts: Sequence[Segment], times: Mapping[str, Sequence[NodeTime]], entry: int, price: float = 1.0) -> Islands:
-    """The shortest path; `times` are those of "float" and "int8", `entry` the elements of the graph's input; a change costs `price` · c."""
-    costs = [segment_times(parts, times["float"]), segment_times(parts, times["int8"])]
+def assign(
+    parts: Sequence[Segment], times: Mapping[str, Sequence[NodeTime]], entry: int, price: float = 1.0, handicap: float = 1.0
+) -> Islands:
+    """The shortest path where changes cost `price` times c, and integers `handicap` times what they take.
+
+    `times` are those of "float" and "int8", `entry` the elements of the graph's input.
+    """
+    spent = [segment_times(parts, times["float"]), segment_times(parts, times["int8"])]
+    costs = [spent[FLOAT], [handicap * value for value in spent[INTEGER]]]
     first = next((node.milliseconds for node in times["int8"] if node.operator == "QuantizeLinear"), None)
     per_element = PER_ELEMENT if first is None else LAYOUT * first / max(entry, 1)
     best = [(costs[precision][0], (precision,)) for precision in (FLOAT, INTEGER)]
@@ -120,7 +127,7 @@ def assign(parts: Sequence[Segment], times: Mapping[str, Sequence[NodeTime]], en
         ]
     total, path = min(best)
     names = [name for part, precision in zip(parts, path, strict=True) if precision == FLOAT for name in part.nodes]
-    return Islands(tuple(names), (sum(costs[FLOAT]), sum(costs[INTEGER]), total))
+    return Islands(tuple(names), (sum(spent[FLOAT]), sum(spent[INTEGER]), total))
 
 
 def segment_times(parts: Sequence[Segment], nodes: Sequence[NodeTime]) -> list[float]:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from deploycc.passes._static_options import StaticOptions
 
 PREDICTED = 4  # calls by which saturation is predicted
-LEAST_GAIN = 0.02  # of the time, for which integers are undone
+ALIKE = 1.03  # of mixtures so near to the fastest the one with the most in float is taken: noise that is gone is worth more
+NO_SLOWER = 1.01  # times what all integers take: the mixture is nearer to float
 TOLD = 200  # characters of a note that name what comes next
 
 
@@ -178,12 +179,13 @@ class Job:
         if not mixed:
             return noted(whole, "every part is faster in float" if found[0].float_nodes else "no part is faster in float", float_nodes=[])
         times = context.latency({"whole": whole, **{name: written for name, (written, _) in mixed.items()}})
-        best = min(mixed, key=lambda name: times[name])
+        fastest = min(times[name] for name in mixed)
+        best = max((name for name in mixed if times[name] <= ALIKE * fastest), key=lambda name: len(mixed[name][1]))
         chosen, in_float = mixed[best]
         share = times[best] / times["whole"]
-        of = f", the best of {len(mixed)} mixtures" if len(mixed) > 1 else ""
+        of = f", of {len(mixed)} mixtures" if len(mixed) > 1 else ""
         told = f"{told}; with {len(in_float)} operators in float{of} {share:.2f} of the time was measured"
-        if share < 1 - LEAST_GAIN:
+        if share <= NO_SLOWER:
             return noted(chosen, "kept so", float_nodes=list(in_float), measured_ms=times)
         return noted(whole, "all kept in integers", float_nodes=list(in_float), measured_ms=times)
 

@@ -33,8 +33,9 @@ class StaticOptions(Pass):
             everything, layer after layer (`_measured_bias`); best = of these two the one that comes nearer to float on calibration samples
             that it was not measured on.
         skip: names of operators to leave in float.
-        islands: keep = integers wherever the rules allow them; measured = what the clock says is faster in float is put back, the fastest
-            of up to three mixtures, on the target's own machine only. Another compile may then choose otherwise.
+        islands: keep = integers wherever the rules allow them; measured = what the clock says is faster in float is put back, on the
+            target's own machine only. Up to four mixtures are timed: of those within 3 % of the fastest it is the one with the most in
+            float, unless integers alone are faster. Another compile may then choose otherwise.
         fallback: leave so many operators in float: those that win the most accuracy for the time they lose, tried one by one. Times are
             measured on the target's own machine; elsewhere MACs stand for them.
     """
