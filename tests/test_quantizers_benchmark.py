@@ -345,7 +345,8 @@ def test_the_bar_of_the_family(script, ours, peers, met):
     rows += [beside(f"peer {index}", "peer", *facts) for index, facts in enumerate(peers)]
     rows.append({"name": "broken", "side": "peer", "problem": "it does not run: oh", "bytes": 0})
     found = page.bar(rows)
-    assert found["met"] is met
+    assert found["met"] is met is (found["fast"] and found["near"])
+    assert found["needs"] == ({"cosine": 0.999} if ours[1] is None else {"agreement": peers[0][2]})
     assert "peer 0" in found["text"]
     if ours[1] is None:  # vectors have no arg-max
         assert page.bar([{**rows[0], "cosine": 0.998}, *rows[1:]])["met"] is False
@@ -358,7 +359,7 @@ def test_the_bar_of_the_family(script, ours, peers, met):
     assert "Skipped: why" in text
 
 
-def test_four_views_of_each_photo_without_labels(script):
+def test_four_views_of_each_photo_without_labels(script, tmp_path):
     page, pixels = script("x86"), np.arange(4.0).reshape(1, 1, 2, 2)
     case = page.Case(None, None, None, None, None, None, (), ({"x": pixels}, {"x": pixels + 4}), ((1,), (2,)))
     seen = page.turned(case, 4)
@@ -366,6 +367,9 @@ def test_four_views_of_each_photo_without_labels(script):
     assert [feeds["x"].ravel().tolist() for feeds in seen.judging] == [*orders, *([value + 4 for value in order] for order in orders)]
     assert seen.labels == (None,) * 8
     assert [feeds["x"].ravel().tolist() for feeds in page.turned(case, 1).judging] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    given = page._as_judged(replace(seen, given=page.Given("net", "net.py:make"), calibration=case.judging), tmp_path)
+    assert np.load(given.judging)["x"].shape == (8, 1, 2, 2)
+    assert np.load(given.calibration)["x"].ravel().tolist() == list(range(8))
     found = {"real": False, "judged": 8, "field": [], "rows": [], "bar": {"met": True, "text": ""}, "about": "here"}
     assert "8 samples judge." in page.markdown({"models": {"net": found}})
 
