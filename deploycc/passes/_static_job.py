@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from deploycc.passes._static_options import StaticOptions
 
 PREDICTED = 4  # calls by which saturation is predicted
-ALIKE = 1.03  # of mixtures so near to the fastest the one with the most in float is taken: noise that is gone is worth more
-NO_SLOWER = 1.01  # times what all integers take: the mixture is nearer to float
+ALIKE = 1.03  # times what the fastest mixture takes: of these the one with the most in float is taken, noise that is gone is worth more
+NO_SLOWER = 1.01  # times what all integers take: no mixture over it, and one up to it is nearer to float
 TOLD = 200  # characters of a note that name what comes next
 
 
@@ -179,8 +179,9 @@ class Job:
         if not mixed:
             return noted(whole, "every part is faster in float" if found[0].float_nodes else "no part is faster in float", float_nodes=[])
         times = context.latency({"whole": whole, **{name: written for name, (written, _) in mixed.items()}})
-        fastest = min(times[name] for name in mixed)
-        best = max((name for name in mixed if times[name] <= ALIKE * fastest), key=lambda name: len(mixed[name][1]))
+        fastest = min(mixed, key=lambda name: times[name])
+        most = min(ALIKE * times[fastest], NO_SLOWER * times["whole"])
+        best = max((name for name in mixed if times[name] <= most), key=lambda name: len(mixed[name][1]), default=fastest)
         chosen, in_float = mixed[best]
         share = times[best] / times["whole"]
         of = f", of {len(mixed)} mixtures" if len(mixed) > 1 else ""

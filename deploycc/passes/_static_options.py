@@ -35,7 +35,7 @@ class StaticOptions(Pass):
         skip: names of operators to leave in float.
         islands: keep = integers wherever the rules allow them; measured = what the clock says is faster in float is put back, on the
             target's own machine only. Up to four mixtures are timed: of those within 3 % of the fastest it is the one with the most in
-            float, unless integers alone are faster. Another compile may then choose otherwise.
+            float, and none that takes over 1 % longer than integers alone. Another compile may then choose otherwise.
         fallback: leave so many operators in float: those that win the most accuracy for the time they lose, tried one by one. Times are
             measured on the target's own machine; elsewhere MACs stand for them.
     """

@@ -11,6 +11,7 @@ import pytest
 from deploycc import contest
 from deploycc.core import target as targets
 from deploycc.runtime import cuda
+from deploycc.runtime.machine import cpu_arch
 
 TARGET = ("--target", "quick.toml")
 DATA = ("--data", "data.npz", "--calibration", "calibration.npz")
@@ -247,27 +248,24 @@ def test_a_limit_that_is_not_met_exits_3_and_still_writes_a_bundle(deploycc, tmp
 
 
 def test_a_gate_that_refuses_everything_ships_float_with_the_reason(deploycc, tmp_path):
+    other = "x86_64" if cpu_arch() == "aarch64" else "aarch64"  # where this machine's clock puts nothing back in float
     (tmp_path / "strict.toml").write_text(
-        'inherit = "onnxruntime-portable"\ntitle = "a gate no int8 passes"\n[limits]\nsqnr_db = 90.0\n[bench]\nmin_seconds = 0.2\n'
+        f'inherit = "onnxruntime-portable"\ntitle = "a gate no int8 passes"\narch = "{other}"\n[limits]\nsqnr_db = 90.0\n'
     )
     words = ("compile", "net.py:make", "--target", tmp_path / "strict.toml", *DATA, "--metric", "sqnr")
     document = deploycc(*words, "-o", tmp_path / "b", "--json").json
-    # What the clock puts back in float is a rung that may lead nowhere new; those after it may start from it.
-    clocked = next((item for item in document["attempts"] if "islands=measured" in item["pipeline"]), None)
-    attempts = [item for item in document["attempts"] if item is not clocked]
-    assert [attempt["passed"] for attempt in attempts] == [True, *[False] * 7]
-    last = [attempt["pipeline"].rpartition(", ")[2] for attempt in attempts]
+    assert [attempt["passed"] for attempt in document["attempts"]] == [True, *[False] * 7]
+    last = [attempt["pipeline"].rpartition(", ")[2] for attempt in document["attempts"]]
     calibrations = ["none", "percentile", "output-mse"]
     assert [f"calibration={name} " in text for name, text in zip(calibrations, last[1:4], strict=True)] == [True] * 3
     assert [text.rpartition("fallback=")[2] for text in last[1:]] == ["0}", "0}", "0}", "0}", "1}", "2}", "4}"]
-    assert "equalize-layers" in attempts[4]["pipeline"]
+    assert "equalize-layers" in document["attempts"][4]["pipeline"]
     assert document["decision"]["shipped"] == "float"
-    assert f"the accuracy gate refused all {len(document['attempts']) - 1} attempts" in document["decision"]["reason"]
-    untried = document["decision"]["untried"]  # no other operator wins anything in float
-    assert "fallback=8}: it makes the same model as" in untried[-1]
-    assert all("islands=measured" in text for text in untried[:-1])
+    assert "the accuracy gate refused all 7 attempts" in document["decision"]["reason"]
+    (untried,) = document["decision"]["untried"]  # no other operator wins anything in float
+    assert "fallback=8}: it makes the same model as" in untried
     assert document["exit_status"] == 0  # the float artifact meets every limit
-    within = deploycc(*words, "--budget", "1s", "-o", tmp_path / "c", "--json").json
+    within = deploycc(*words, "--budget", "0.1s", "-o", tmp_path / "c", "--json").json
     assert len(within["attempts"]) == 2  # the float artifact and one attempt: the budget was over after it
 
 

@@ -125,6 +125,17 @@ def test_a_mixture_no_slower_than_integers_is_nearer_to_float():
     assert any(note.endswith("kept so") for note in after.notes)
 
 
+def test_a_mixture_slower_than_integers_does_not_cost_the_one_that_is_faster():
+    artifact = residual()
+    profile = {"float": {**FLOAT, "gemm": 0.505}, "int8": {**INTEGER, "gemm": 0.495}}
+    ctx, _ = watched(artifact, profile, {"whole": 2.0, "mixed 1": 1.99, "mixed 2": 2.03})  # the second one has gemm in float
+    after = QuantizeStatic(islands="measured")(artifact, ctx)
+    found = after.details["islands"]
+    assert sorted(found["measured_ms"]) == ["mixed 1", "mixed 2", "whole"]
+    assert found["float_nodes"] == ["conv1", "relu1"]
+    assert any(note.endswith("kept so") for note in after.notes)
+
+
 def test_with_a_handicap_integers_have_to_win_clearly():
     parts = [Segment((name,), 0) for name in "ab"]
     spent = {"float": times(a=1.0, b=1.0), "int8": times(a=0.95, b=0.5)}
