@@ -8,9 +8,12 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import signal
 import sys
 import traceback
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -28,7 +31,9 @@ def main() -> None:
     if not distributed.is_main():  # of several processes, one speaks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        status = app(standalone_mode=False)  # what typer.Exit carried, or the command's own None
+        # torchrun ends what it started with SIGTERM when one process failed: none may wait for the others then
+        with _stops_cleanly() if distributed.processes() == 1 else nullcontext():
+            status = app(standalone_mode=False)  # what typer.Exit carried, or the command's own None
         sys.exit(status if isinstance(status, int) else 0)
     except DeployError as error:
         _complain(error)
@@ -47,6 +52,20 @@ def main() -> None:
     finally:
         if distributed.processes() > 1 and "torch" in sys.modules:
             sys.modules["torch"].distributed.destroy_process_group()
+
+
+@contextmanager
+def _stops_cleanly() -> Iterator[None]:
+    """SIGTERM, with which batch systems, containers and `timeout` end a job, is Ctrl-C: the best so far is kept, scratch folders go."""
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _complain(error: DeployError) -> None:

@@ -54,13 +54,16 @@ def not_a_model():
 
 
 INTERRUPTING = '''
+import signal
+
 import numpy as np
 
 
 class Items:
-    """Presses Ctrl-C in the middle of calibration: each item is read once for its hash, then once to calibrate."""
+    """Stops the process in the middle of calibration: each item is read once for its hash, then once to calibrate."""
 
-    def __init__(self):
+    def __init__(self, stop):
+        self.stop = stop
         self.reads = 0
 
     def __len__(self):
@@ -68,13 +71,21 @@ class Items:
 
     def __getitem__(self, index):
         self.reads += 1
-        if self.reads > 24 + 10:
-            raise KeyboardInterrupt
+        if self.reads == 24 + 10:
+            self.stop()
         return np.random.default_rng(index).normal(size=(3, 32, 32)).astype(np.float32)
 
 
-def make():
-    return Items()
+def ctrl_c():
+    raise KeyboardInterrupt  # not SIGINT: a shell has its background jobs ignore that
+
+
+def by_ctrl_c():
+    return Items(ctrl_c)
+
+
+def by_sigterm():
+    return Items(lambda: signal.raise_signal(signal.SIGTERM))
 '''
 
 

@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -337,12 +339,19 @@ def test_two_compiles_share_what_is_finished(deploycc, tmp_path):
     assert not any(item["cached"] for item in first.json["attempts"][0]["receipts"])
 
 
-def test_ctrl_c_in_the_middle_of_calibration_keeps_the_best_so_far(deploycc, tmp_path):
-    words = ("--data", "data.npz", "--calibration", "interrupting.py:make", "-o", tmp_path / "b")
+@pytest.mark.parametrize("how", ["by_ctrl_c", "by_sigterm"])
+def test_a_compile_stopped_in_the_middle_of_calibration_keeps_the_best_so_far(deploycc, tmp_path, monkeypatch, how):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    before = signal.getsignal(signal.SIGTERM)
+    words = ("--data", "data.npz", "--calibration", f"interrupting.py:{how}", "-o", tmp_path / "b")
     result = deploycc("compile", "net.py:make", *TARGET, *words)
     assert result.status == 130
     assert "the best so far (float) is in" in result.err
     assert "goes on from the last finished pass" in result.err
+    assert list(scratch.glob("deploycc-*")) == []
+    assert signal.getsignal(signal.SIGTERM) == before
     verified = deploycc("verify", tmp_path / "b")
     assert verified.status == 0, verified.err
     manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())

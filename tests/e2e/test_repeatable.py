@@ -81,7 +81,8 @@ class Compile:
         """The process, and the bundle's folder."""
         out = self.folder / name
         command = [sys.executable, "-m", "deploycc.cli", "compile", *self.words, "-o", str(out)]
-        environment = {**os.environ, **self.environment, "DEPLOYCC_CACHE": str(self.folder / cache), "PYTHONPATH": str(ROOT), **environment}
+        places = {"DEPLOYCC_CACHE": str(self.folder / cache), "TMPDIR": str(self.folder), "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, **self.environment, **places, **environment}
         process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         return process, out
 

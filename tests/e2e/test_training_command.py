@@ -93,7 +93,7 @@ def folder(tmp_path_factory):
 
 def command(folder, out, cache, passes):
     words = [f"{folder}/net.py:make", "--target", "onnxruntime-portable", "--data", "sklearn:digits", "--passes", passes]
-    environment = {**os.environ, "DEPLOYCC_CACHE": str(folder / cache), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "DEPLOYCC_CACHE": str(folder / cache), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     return ["compile", *words, "-o", str(folder / out), "--json"], environment
 
 
