@@ -15,7 +15,7 @@ def page(script):
     return script("_trust_page")
 
 
-@pytest.mark.parametrize("machine", range(8))
+@pytest.mark.parametrize("machine", range(10))
 def test_intervals_of_ratios_hold_the_truth_about_as_often_as_they_say(simulation, machine):
     name = list(simulation.MACHINES)[machine]
     found = simulation.coverage(name, runs=600, bootstraps=0, seed=machine)

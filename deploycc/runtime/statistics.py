@@ -11,7 +11,8 @@ transforms (equal-weighted cosine estimator; Lazarus, Lewis, Stock & Watson 2018
                 leaves out the outer tenth of rounds on either side (Tukey & McLaughlin 1963).
 
 Candidates that were opened several times differ from one opening to the next by more than rounds do. Their interval counts openings: it
-is of the mean over them of what each gives, with Student's t of one degree of freedom less than there are.
+is of the mean over them of what each gives, with Student's t of one degree of freedom less than there are. An opening of three rounds or
+more leaves out at least the outermost round on either side: one that the machine spoiled would move it, and a short run by per cents.
 
 `benchmarks/harness_trust.py` checks on simulated machines that the intervals hold the truth as often as they say, where a bootstrap over
 rounds does not.
@@ -209,7 +210,7 @@ def _chance(center: float, error: float, freedom: int) -> float:
 
 def _center(parts: Sequence[np.ndarray]) -> tuple[float, float, int]:
     """(mean of figures of rounds, its standard error, degrees of freedom): over rounds of one session, or over several sessions."""
-    return _over_sessions([_trimmed_mean(part)[0] for part in parts]) if len(parts) > 1 else _trimmed_mean(parts[0])
+    return _over_sessions([float(_inner(part, least=1).mean()) for part in parts]) if len(parts) > 1 else _trimmed_mean(parts[0])
 
 
 def _over_sessions(figures: Sequence[float]) -> tuple[float, float, int]:
@@ -219,10 +220,15 @@ def _over_sessions(figures: Sequence[float]) -> tuple[float, float, int]:
 
 def _trimmed_mean(values: np.ndarray) -> tuple[float, float, int]:
     """(mean without the outer TRIMMED on either side, its standard error, degrees of freedom)."""
-    count = int(TRIMMED * len(values))
-    kept = np.sort(values)[count : len(values) - count]
+    kept = _inner(values)
     error, freedom = standard_error(np.clip(values, kept[0], kept[-1]))
     return float(kept.mean()), error * len(values) / len(kept), freedom
+
+
+def _inner(values: np.ndarray, *, least: int = 0) -> np.ndarray:
+    """In order, without the outer TRIMMED on either side; without `least` there, where any would be left."""
+    count = max(int(TRIMMED * len(values)), least if len(values) > 2 * least else 0)
+    return np.sort(values)[count : len(values) - count]
 
 
 def standard_error(values: np.ndarray) -> tuple[float, int]:
