@@ -226,7 +226,7 @@ def _trimmed_mean(values: np.ndarray) -> tuple[float, float, int]:
 
 
 def _inner(values: np.ndarray, *, least: int = 0) -> np.ndarray:
-    """In order, without the outer TRIMMED on either side; without `least` there, where any would be left."""
+    """Sorted, without the outer TRIMMED on either side, or `least` values there where that is more and leaves any."""
     count = max(int(TRIMMED * len(values)), least if len(values) > 2 * least else 0)
     return np.sort(values)[count : len(values) - count]
 
