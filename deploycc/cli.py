@@ -38,9 +38,6 @@ def main() -> None:
     except DeployError as error:
         _complain(error)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("\nstopped by the user; nothing was written. Finished passes are kept: the same command goes on from them.", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:  # noqa: BLE001  (the last place where an error can be explained)
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own usage errors
             print(f"error: {error.format_message()}", file=sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]

@@ -10,12 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+from deploycc.errors import Interrupted
 
 if TYPE_CHECKING:
     from deploycc.core.contract import Progress
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command. Raises Interrupted where Ctrl-C left nothing to show for it: typer by itself ends without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            fix = "run the same command again: finished passes are kept, and it goes on from them"
+            raise Interrupted("stopped by the user; nothing was written", fix=fix) from None
+
+
 app = typer.Typer(
     name="deploycc",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -80,12 +80,16 @@ def ctrl_c():
     raise KeyboardInterrupt  # not SIGINT: a shell has its background jobs ignore that
 
 
+def sigterm():
+    signal.raise_signal(signal.SIGTERM)
+
+
 def by_ctrl_c():
     return Items(ctrl_c)
 
 
 def by_sigterm():
-    return Items(lambda: signal.raise_signal(signal.SIGTERM))
+    return Items(sigterm)
 '''
 
 

@@ -358,6 +358,15 @@ def test_a_compile_stopped_in_the_middle_of_calibration_keeps_the_best_so_far(de
     assert manifest["decision"]["shipped"] == "float"
 
 
+@pytest.mark.parametrize("how", ["ctrl_c", "sigterm"])
+def test_a_compile_stopped_while_the_model_loads_says_so_and_leaves_nothing(deploycc, tmp_path, how):
+    result = deploycc("compile", f"interrupting.py:{how}", *TARGET, *DATA, "-o", tmp_path / "b")
+    assert result.status == 130
+    assert "error: stopped by the user; nothing was written" in result.err
+    assert "fix: run the same command again" in result.err
+    assert not (tmp_path / "b").exists()
+
+
 # --- everything a user can get wrong
 
 BAD = [
