@@ -135,11 +135,14 @@ def _comparisons(document: Document) -> list[str]:
 
 
 def _coverage(rows: Sequence[Document]) -> list[str]:
-    header = ["simulated machine", "ratio", "a bootstrap over rounds", "median", "p90", "ratio, once", "median, once", "doubted", "runs"]
+    held = ("ratio", "bootstrap", "median", "p90", "ratio_once", "median_once")
+    header = ["simulated machine", "ratio", "a bootstrap over rounds", "median", "p90", "ratio, once", "median, once"]
+    header += ["half width, ratio", "doubted", "runs"]
     body = [
         [
             row["machine"],
-            *(f"{row[key]:.1%}" for key in ("ratio", "bootstrap", "median", "p90", "ratio_once", "median_once")),
+            *(f"{row[key]:.1%}" for key in held),
+            f"±{row['width']:.2%}",
             f"{row['flagged']:.0%}",
             str(row["runs"]),
         ]

@@ -37,6 +37,7 @@ class Coverage:
         ratio_once: as `ratio`, where all rounds are taken for those of one session.
         median_once: as `median`, likewise.
         bootstrap: of the ratio, by a bootstrap over rounds.
+        width: half of the ratio's interval over the ratio, the median of the runs.
         flagged: share of runs in which the times themselves were doubted.
         runs: simulated runs.
     """
@@ -47,6 +48,7 @@ class Coverage:
     ratio_once: float
     median_once: float
     bootstrap: float
+    width: float
     flagged: float
     runs: int
 
@@ -127,7 +129,7 @@ def coverage(machine: str, *, runs: int, bootstraps: int, rounds: int = 0, calls
     rounds = rounds or (SHORT if machine == SPOILED else ROUNDS)
     long = MILLISECOND * pair(rng, 200_000, 3)[0]
     median, p90 = np.quantile(long, [0.5, 0.9])
-    held = np.zeros(7)
+    held, widths = np.zeros(7), np.empty(runs)
     openings = tuple(round(rounds * part / SESSIONS) for part in range(SESSIONS))
     for index in range(runs):
         first, second = pair(rng, rounds, calls)
@@ -135,6 +137,7 @@ def coverage(machine: str, *, runs: int, bootstraps: int, rounds: int = 0, calls
         fast = Samples((MILLISECOND * first).astype(np.int64).ravel(), calls, 0, openings=openings)
         found = ratio_of_medians(slow, fast)
         held[0] += found.low <= RATIO <= found.high
+        widths[index] = (found.high - found.low) / 2 / found.value
         for place, share, truth in ((1, 0.5, median), (2, 0.9, p90)):
             low, high = quantile_interval(fast, share)
             held[place] += low <= truth <= high
@@ -147,7 +150,7 @@ def coverage(machine: str, *, runs: int, bootstraps: int, rounds: int = 0, calls
         if index < bootstraps:
             low, high = bootstrapped(slow, fast, rng)
             held[6] += low <= RATIO <= high
-    return Coverage(*(held[:5] / runs), held[6] / max(1, bootstraps), held[5] / runs, runs)
+    return Coverage(*(held[:5] / runs), held[6] / max(1, bootstraps), float(np.median(widths)), held[5] / runs, runs)
 
 
 def bootstrapped(above: Samples, below: Samples, rng: np.random.Generator) -> tuple[float, float]:

@@ -120,6 +120,7 @@ def run(
     Raises:
         TargetError: none could be compiled.
         Interrupted: Ctrl-C; what was finished is raced, or, where nothing was, the best so far of the one under way is kept.
+        KeyboardInterrupt: Ctrl-C before there was anything to keep, or in the race.
         UsageError: under torchrun.
     """
     started = time.monotonic()
@@ -139,6 +140,11 @@ def run(
                     place(Path(work) / name, options.output, zipped=options.zip)
                     raise Interrupted(f"stopped by the user; the best so far for {name} is in {options.output}", fix=error.fix) from None
                 interrupted = error
+                break
+            except KeyboardInterrupt:  # there is nothing of this one yet
+                if not compiled:
+                    raise
+                interrupted = Interrupted(f"stopped by the user while it compiled for {name}", fix="run the same command again")
                 break
             except DeployError as error:
                 refused.append((name, error.what))

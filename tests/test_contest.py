@@ -156,6 +156,23 @@ def test_stopped_by_the_user_it_keeps_what_there_is(net, tmp_path, monkeypatch, 
     assert bundles.load(tmp_path / "best").manifest["target"]["name"] == "a"
 
 
+@pytest.mark.parametrize("finished", [0, 1])
+def test_stopped_before_the_next_one_has_anything_it_keeps_what_is_finished(net, tmp_path, monkeypatch, finished):
+    compile_one, done = driver.compile, []
+
+    def compiling(model, given, progress):
+        if len(done) == finished:
+            raise KeyboardInterrupt
+        done.append(given.output.name)
+        return compile_one(model, given, progress)
+
+    monkeypatch.setattr(driver, "compile", compiling)
+    expected = (Interrupted, r"the best of 1 targets \(a\)") if finished else (KeyboardInterrupt, "^$")
+    with pytest.raises(expected[0], match=expected[1]):
+        contest.run(net, options(tmp_path), [quick("a"), quick("b"), quick("c")])
+    assert (tmp_path / "best").is_dir() == bool(finished)
+
+
 def test_every_compile_has_its_own_folders_and_what_is_left_of_the_budget():
     given = Options(output=Path("out"), dump=Path("dump"), budget_s=60, zip=True)
     own = contest._own(given, "a", Path("work/a"), 45)
